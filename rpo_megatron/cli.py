@@ -1,0 +1,179 @@
+"""The command line: `rpo VERB [FILE.yaml] [key.path=value ...]`. A verb is a row of VERBS; there is no other parser.
+
+    rpo train run.yaml objective.beta=0.05
+    torchrun --nproc-per-node 4 -m rpo_megatron train run.yaml parallel.tensor=2 parallel.pipeline=2
+
+Exit codes: 0 done, 2 bad input (one message, from the first process that found it), 1 a bug (traceback), 130 Ctrl-C.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rpo_megatron import __version__, config, knobs
+from rpo_megatron.errors import UserError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """What a word on the command line does."""
+
+    summary: str
+    run: str
+    """`module:function`, imported only when the verb is used; the function takes the config."""
+    config: type
+    positional: str | None = None
+    """Key that a bare word sets, for verbs whose main argument is a path."""
+    megatron: bool = False
+    """True if it imports megatron-core, which must then be able to run without CUDA."""
+
+
+VERBS: dict[str, Verb] = {
+    "prepare": Verb(
+        summary="preference data (jsonl, parquet, datasets) -> a store",
+        run="rpo_megatron.data.prepare:prepare",
+        config=config.PrepareConfig,
+    ),
+    "inspect": Verb(
+        summary="counts, histograms and decoded examples of a store",
+        run="rpo_megatron.data.show:inspect",
+        config=config.InspectConfig,
+        positional="prefix",
+    ),
+    "config": Verb(
+        summary="print the resolved config of a run and the sizes that follow from it",
+        run="rpo_megatron.training.resolve:print_config",
+        config=config.RunConfig,
+    ),
+    "methods": Verb(
+        summary="print the table of objectives and their knobs",
+        run="rpo_megatron.objectives.methods:print_methods",
+        config=config.MethodsConfig,
+        positional="name",
+    ),
+    "score": Verb(
+        summary="write the reference's log-probabilities next to the stores of a run",
+        run="rpo_megatron.training.score:score",
+        config=config.RunConfig,
+        megatron=True,
+    ),
+    "train": Verb(
+        summary="train a policy",
+        run="rpo_megatron.training.train:train",
+        config=config.RunConfig,
+        megatron=True,
+    ),
+    "eval": Verb(
+        summary="evaluate a checkpoint (or the starting weights) on the held-out store",
+        run="rpo_megatron.training.evaluate:evaluate_run",
+        config=config.RunConfig,
+        megatron=True,
+    ),
+    "export": Verb(
+        summary="a checkpoint -> a Hugging Face directory",
+        run="rpo_megatron.training.convert:export",
+        config=config.ExportConfig,
+        positional="load",
+        megatron=True,
+    ),
+    "import": Verb(
+        summary="a Hugging Face directory -> a checkpoint",
+        run="rpo_megatron.training.convert:import_",
+        config=config.ImportConfig,
+        positional="load",
+        megatron=True,
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb_name = argv[0] if argv else "help"
+    try:
+        if verb_name in ("help", "-h", "--help"):
+            print(_usage())
+            return 0
+        if verb_name == "--version":
+            print(__version__)
+            return 0
+        return _run(verb_name, argv[1:])
+    except UserError as error:
+        return _report(f"rpo {verb_name}: error: {error}", error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `rpo inspect x | head` is not an error
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(verb_name: str, words: list[str]) -> int:
+    if verb_name not in VERBS:
+        raise UserError(f"there is no verb '{verb_name}'{nearest(verb_name, VERBS)} (verbs: {', '.join(VERBS)})")
+    verb = VERBS[verb_name]
+    if any(word in ("-h", "--help") for word in words):
+        print(_verb_usage(verb_name, verb))
+        return 0
+    loaded = _load(verb, words)
+    if verb.megatron:
+        _enable_cpu()
+    _resolve(verb.run)(loaded)
+    return 0
+
+
+def _load(verb: Verb, words: list[str]) -> Any:
+    file: str | None = None
+    overrides: list[str] = []
+    for word in words:
+        if word.endswith((".yaml", ".yml")) and "=" not in word:
+            if file is not None:
+                raise UserError(f"two config files: '{file}' and '{word}'; give one, and overrides as key.path=value")
+            file = word
+        elif "=" in word and not word.startswith("-"):
+            overrides.append(word)
+        elif verb.positional is not None and not word.startswith("-"):
+            overrides.append(f"{verb.positional}={word}")
+        else:
+            raise UserError(f"cannot read '{word}': expected FILE.yaml or key.path=value")
+    return config.load(verb.config, file, overrides)
+
+
+def _enable_cpu() -> None:
+    from rpo_megatron import cpu
+
+    cpu.enable()
+
+
+def _resolve(path: str) -> Callable[[Any], None]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _report(message: str, error: UserError) -> int:
+    """Print a message once, though every process of the job may have met the same error."""
+    distributed = sys.modules.get("rpo_megatron.distributed")
+    if distributed is None:
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    else:
+        speaks = distributed.first_to_fail()
+    if speaks:
+        print(message, file=sys.stderr, flush=True)
+    return 2
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        f"rpo {__version__}: reward-aware preference optimization on Megatron-core\n\n"
+        f"usage: rpo VERB [FILE.yaml] [key.path=value ...]\n       rpo VERB --help\n\n{verbs}\n\n"
+        f"On several processes: torchrun --nproc-per-node N -m rpo_megatron VERB ..."
+    )
+
+
+def _verb_usage(name: str, verb: Verb) -> str:
+    word = f" {verb.positional.upper()}" if verb.positional else " [FILE.yaml]"
+    return f"usage: rpo {name}{word} [key.path=value ...]\n\n{verb.summary}\n\n{knobs.describe(verb.config)}"

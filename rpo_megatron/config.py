@@ -1,0 +1,398 @@
+"""Every knob of the project on one page: frozen dataclasses, a strict loader and a dumper. No torch, no numpy.
+
+Precedence, weakest first: the defaults below < the yaml file < `key.path=value` on the command line.
+
+    rpo train run.yaml objective.beta=0.05 parallel.tensor=2
+
+    # run.yaml
+    model: {path: models/llama}
+    data: {train: data/train}
+    objective: {method: rpo_bwd}
+
+The text under a field is its documentation: `rpo train --help` prints it. A field without a default is mandatory.
+A config is never written to after loading; sizes that follow from it are functions of it (training/resolve.py).
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import msgspec
+import yaml
+
+from rpo_megatron.errors import UserError, nearest
+
+C = TypeVar("C")
+
+
+# ------------------------------------------------------------------------------------------------ train, score, eval
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Directory of the starting weights: a Hugging Face model (config.json, *.safetensors) or one of our checkpoints."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` reads only config.json and the tokenizer from `path` and draws the weights from `seed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str
+    """PREFIX of the training store (what `rpo prepare` wrote)."""
+    valid: str | None = None
+    """PREFIX of the held-out store, for evaluation."""
+    tokens_per_microbatch: int = 4096
+    """Tokens in a packed row. A group that is longer gets a longer row of its own."""
+    packing: bool = True
+    """False puts every group in a row of its own (slower; the results are the same)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Which knobs a method reads, and their defaults, is said by its row in objectives/methods.py; setting one that
+    it does not read is an error."""
+
+    method: str
+    """Name of a row of METHODS, e.g. rpo_bwd, rpo_sqloo, dpo, ipo, sft."""
+    beta: float | None = None
+    """Scale of the implicit reward beta * log(pi/pi_ref)."""
+    eta: float | None = None
+    """Scale of the explicit reward."""
+    label_smoothing: float | None = None
+    """Probability that a preference label is wrong, in [0, 0.5)."""
+    pair: Literal["best_random", "best_worst"] | None = None
+    """How a pair method picks two of K responses: the best and a random other (the RPO paper's protocol), or the best
+    and the worst."""
+    log_ratio: Literal["sum", "mean"] | None = None
+    """Sum log-ratios over a response's tokens (the papers' definition), or average them per token."""
+    responses: Literal["best", "all"] | None = None
+    """Which responses the negative log-likelihood is taken of: the best-rewarded of each group, or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    mode: Literal["resident", "stored"] = "resident"
+    """`resident` keeps a frozen copy of the reference beside the policy; `stored` reads the log-probabilities that
+    `rpo score` wrote next to the store."""
+    path: str | None = None
+    """Directory of the reference's weights; null means model.path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor: int = 1
+    """Tensor parallel size: every weight matrix is split over this many ranks."""
+    pipeline: int = 1
+    """Pipeline parallel size: the layers are split into this many stages."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor ranks. Needs tensor > 1."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others in a collective before it gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    lr: float
+    """Peak learning rate of Adam."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr: float = 0.0
+    """Where a cosine schedule ends, at the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW); not applied to norms and biases."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.95
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps. Give either this or epochs."""
+    epochs: float | None = None
+    """Passes over the training store. Give either this or steps."""
+    stop_at: int | None = None
+    """Stop, with a checkpoint, after this step, though the schedule goes on to the last; a later start resumes there."""
+    groups_per_step: int = 64
+    """Groups (prompts with all their responses) in the global batch of one optimizer step, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 0
+    """Steps between evaluations on data.valid during training (also before the first and after the last step);
+    0 evaluates never."""
+    groups: int | None = None
+    """Evaluate on the first so many groups of the held-out store; null means all."""
+    checkpoint: str | None = None
+    """What `rpo eval` evaluates: a checkpoint directory, or `start` for model.path; null means the newest checkpoint of
+    run_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; the last step always writes one. 0 writes only that."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint of run_dir, if there is one; `never` refuses a run_dir that has any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    every: int = 1
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Write TensorBoard events to run_dir/tensorboard besides run_dir/metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """`rpo train`, `rpo score`, `rpo eval` and `rpo config` read this."""
+
+    run_dir: str
+    """Directory of the run: config, metrics, checkpoints."""
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of weights and activations. Gradients, master weights, log-probabilities and objectives are fp32."""
+    seed: int = 1234
+    """Seed of the data order, of random pairs and of random weights."""
+
+
+# ------------------------------------------------------------------------------------------------ the other verbs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Column names for input whose layout is not one of those recognised by themselves. Dots reach into objects."""
+
+    prompt: str | None = None
+    """Column of the prompt: text, or a list of {role, content} messages."""
+    responses: str | None = None
+    """Column of the list of responses: texts, message lists, or objects."""
+    text: str | None = None
+    """Where `responses` holds objects: the key of the response's text."""
+    reward: str | None = None
+    """Where `responses` holds objects: the key of the reward."""
+    rewards: str | None = None
+    """Column of the list of rewards, parallel to `responses`."""
+    chosen: str | None = None
+    """Column of the preferred response."""
+    rejected: str | None = None
+    """Column of the other response."""
+    chosen_reward: str | None = None
+    """Column of the preferred response's reward."""
+    rejected_reward: str | None = None
+    """Column of the other response's reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """`rpo prepare`: raw preference data to a store."""
+
+    input: str
+    """A .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a glob of them, or `hf:NAME[:CONFIG]` for a `datasets` source
+    (a hub name or a directory that datasets.load_dataset or load_from_disk opens)."""
+    output_prefix: str
+    """PREFIX of the store to write: PREFIX.bin, PREFIX.idx, PREFIX.json, ..."""
+    tokenizer: str
+    """A Hugging Face tokenizer directory, or a bare sentencepiece .model file."""
+    split: str = "train"
+    """Which split of a `datasets` source to read."""
+    chat_template: str = "auto"
+    """`auto`: the tokenizer's own template if it has one; `none`: prompt and response as plain text; otherwise the
+    path of a Jinja template file."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    workers: int = 0
+    """Tokenizing processes; 0 means one per CPU core."""
+    max_length: int = 4096
+    """Longest prompt + response, in tokens."""
+    too_long: Literal["drop_response", "drop_group", "error"] = "drop_response"
+    """What to do with a response that makes prompt + response longer than max_length."""
+    empty_response: Literal["drop_response", "drop_group", "error"] = "drop_response"
+    """What to do with a response that is empty text or has no token besides the end of turn."""
+    duplicate: Literal["keep", "drop_response"] = "drop_response"
+    """What to do with a response whose text repeats an earlier one of its group (the first is kept)."""
+    single_response: Literal["drop_group", "error"] = "drop_group"
+    """What to do with a group that is left with fewer than two responses."""
+    missing_reward: Literal["drop_group", "no_rewards", "error"] = "error"
+    """What to do with a group that lacks a reward where others have one: drop it, store no rewards at all, or stop."""
+    limit: int | None = None
+    """Read only the first so many rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`rpo inspect PREFIX`: what is in a store."""
+
+    prefix: str
+    """PREFIX of the store."""
+    tokenizer: str | None = None
+    """Tokenizer that decodes the examples; null means the one recorded in the manifest."""
+    examples: int = 2
+    """How many groups to print, decoded."""
+    first: int = 0
+    """Index of the first group to print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`rpo export CHECKPOINT save=DIR`: a checkpoint to a Hugging Face directory."""
+
+    load: str
+    """A run directory (its newest checkpoint) or a checkpoint directory."""
+    save: str
+    """Directory to write; must not exist yet."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, in GB."""
+    tensor: int = 1
+    """Tensor parallel size to load with (launch as many processes as tensor * pipeline)."""
+    pipeline: int = 1
+    """Pipeline parallel size to load with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """`rpo import HF_DIR save=DIR`: a Hugging Face directory to one of our checkpoints."""
+
+    load: str
+    """Hugging Face model directory."""
+    save: str
+    """Checkpoint directory to write; must not exist yet."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the stored weights."""
+    tensor: int = 1
+    """Tensor parallel size to run with; the checkpoint loads under any layout."""
+    pipeline: int = 1
+    """Pipeline parallel size to run with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig:
+    """`rpo methods [NAME]`: the table of objectives, or one of them in detail."""
+
+    name: str | None = None
+    """A method; null prints the table."""
+
+
+# ------------------------------------------------------------------------------------------------ load and dump
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML reads `1e-6` as a string (YAML 1.1); a learning rate must be a number."""
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load(cls: type[C], file: str | Path | None, overrides: list[str]) -> C:
+    """Build `cls` from defaults < `file` (yaml, optional) < `overrides` (strings `key.path=value`).
+
+    Raises UserError naming the key for an unknown key (with the nearest valid one), a wrong type, a missing mandatory
+    value, or text that is not yaml.
+    """
+    tree: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
+    for override in overrides:
+        _apply(cls, tree, override)
+    _check_keys(cls, tree, "")
+    try:
+        return msgspec.convert(tree, type=cls)
+    except msgspec.ValidationError as error:
+        raise UserError(_explain(str(error))) from None
+
+
+def dump(config: Any) -> str:
+    """The resolved config as yaml; `load` of it gives the same config back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+def write(config: Any, path: str | Path) -> None:
+    Path(path).write_text(dump(config), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
+    except FileNotFoundError:
+        raise UserError(f"config file '{path}' does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid yaml: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold `key: value` lines, found a {type(tree).__name__}")
+    return tree
+
+
+def _apply(cls: type, tree: dict[str, Any], override: str) -> None:
+    key, _, text = override.partition("=")
+    try:
+        value = yaml.load(text, Loader=_Yaml12Loader) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is not valid yaml: {error}") from None
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+        node = child
+    if text and _field_type(cls, key) in (str, str | None) and value is not None:
+        value = text  # a directory called 007 or a seed-like name stays the text that was typed
+    node[last] = value
+
+
+def _field_type(cls: type, key: str) -> Any:
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(cls):
+            return None
+        cls = get_type_hints(cls).get(part, type(None))
+    return cls
+
+
+def _check_keys(cls: type, tree: Any, path: str) -> None:
+    if not isinstance(tree, dict):
+        raise UserError(f"'{path.rstrip('.')}' is a section of keys, found {tree!r}")
+    hints = get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            choices = [f"{path}{name}" for name in hints]
+            raise UserError(f"unknown key '{path}{key}'{nearest(f'{path}{key}', choices)} (known: {', '.join(choices)})")
+        if dataclasses.is_dataclass(hints[key]):
+            _check_keys(hints[key], value, f"{path}{key}.")
+    for spec in dataclasses.fields(cls):
+        mandatory = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if mandatory and spec.name not in tree:
+            if dataclasses.is_dataclass(hints[spec.name]):
+                _check_keys(hints[spec.name], {}, f"{path}{spec.name}.")
+            raise UserError(f"'{path}{spec.name}' must be given (in the yaml file, or as {path}{spec.name}=VALUE)")
+
+
+def _explain(message: str) -> str:
+    """msgspec says "Expected `int`, got `str` - at `$.train.steps`"; put the key first."""
+    text, _, where = message.partition(" - at `$.")
+    return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}" if where else message

@@ -1,0 +1,56 @@
+"""MicroBatch: one row of packed tokens that holds whole groups. Made by packing.py; read by the model and the step.
+
+Shapes (the legend of the whole project): T tokens of the row, N scored tokens, G groups, K responses of the widest
+group, S segments.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A packed row, as numpy arrays. Nothing in it depends on ranks, so every layout trains on the same record.
+
+    Which positions predict which response token is kept as three arrays of length N rather than as labels of length
+    T: one position may predict the first token of several responses (a shared prompt), which labels_T cannot say.
+    """
+
+    tokens_T: np.ndarray
+    """int64. Token ids; padding at the end is token 0 in a segment of its own."""
+    positions_T: np.ndarray
+    """int64. Rotary position of each token; restarts with every segment."""
+    segments_S: np.ndarray
+    """int64. Lengths of the row's segments, in order, padding included: they sum to T. Attention is causal within a
+    segment and does not cross its border."""
+    scored_position_N: np.ndarray
+    """int64. Row positions whose hidden state predicts a response token."""
+    scored_label_N: np.ndarray
+    """int64. The response token that the position predicts."""
+    length_GK: np.ndarray
+    """int64. Response lengths in tokens. The N scored tokens are ordered by (group, response, token), so these lengths
+    are also the runs of the scored arrays; 0 where there is no response."""
+    reward_GK: np.ndarray | None
+    """float32, or None when the store has no rewards. 0 where there is no response."""
+    ref_logp_GK: np.ndarray | None
+    """float32 summed log-probabilities under the reference, or None when they are not stored."""
+    valid_GK: np.ndarray
+    """bool. False where a group has fewer than K responses; a group without any True is padding and counts 0."""
+    draw_G: np.ndarray
+    """float64, uniform on [0, 1): the group's random number of this epoch (sampler.draw); 0 for a padding group."""
+    group_ids_G: np.ndarray
+    """int64. Document index in the store, -1 for a padding group."""
+    has_padding: bool = False
+    """True when the last segment is padding."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups that count (padding groups do not)."""
+        return int(self.valid_GK.any(axis=1).sum())
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens that belong to a group, padding not counted."""
+        padding = int(self.segments_S[-1]) if self.has_padding else 0
+        return int(self.tokens_T.size) - padding

@@ -1,0 +1,108 @@
+"""`rpo inspect`: what is in a store, and a few groups decoded with their token borders.
+
+rpo inspect data/train examples=1 first=17
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rpo_megatron.config import InspectConfig
+from rpo_megatron.data.manifest import Manifest
+from rpo_megatron.data.store import Group, Store
+from rpo_megatron.data.tokenizer import Tokenizer, same_tokenizer
+from rpo_megatron.errors import UserError
+
+BAR_WIDTH = 50
+BORDER = "▏"
+"""Stands between two tokens of a decoded text."""
+
+
+def inspect(config: InspectConfig) -> None:
+    """Raises UserError when the store or its tokenizer cannot be opened, or `first` is not in the store."""
+    store = Store.open(config.prefix)
+    if config.examples > 0 and not 0 <= config.first < len(store):
+        raise UserError(f"first={config.first}: '{config.prefix}' has groups 0 to {len(store) - 1}")
+    tokenizer = _tokenizer(config, store.manifest) if config.examples > 0 else None
+    for line in _summary(store):
+        print(line)
+    if tokenizer is None:
+        return
+    for i in range(config.first, min(config.first + config.examples, len(store))):
+        print("\n".join(_example(tokenizer, i, store.group(i))))
+
+
+def _tokenizer(config: InspectConfig, manifest: Manifest) -> Tokenizer:
+    path = config.tokenizer or manifest.tokenizer.path
+    if not Path(path).exists():
+        raise UserError(f"tokenizer '{path}' is not here: give tokenizer=PATH, or examples=0 for the counts alone")
+    tokenizer = Tokenizer(path)
+    if same_tokenizer(tokenizer.fingerprints, manifest.tokenizer.fingerprints) is False:
+        raise UserError(
+            f"'{path}' is not the tokenizer that made '{config.prefix}'; give the right one as tokenizer=PATH"
+        )
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------ summary
+
+
+def _summary(store: Store) -> Iterator[str]:
+    manifest = store.manifest
+    tokenizer, template = manifest.tokenizer, manifest.template
+    yield f"{store.prefix}  (format {manifest.format}, made by {manifest.created_by})"
+    yield f"  groups          {manifest.groups:,}"
+    yield f"  responses       {manifest.responses:,}"
+    yield f"  tokens          {manifest.tokens:,}"
+    yield f"  longest         {manifest.max_length:,} tokens (prompt + response)"
+    yield f"  tokenizer       {tokenizer.path} ({tokenizer.vocab_size:,} entries, BOS {tokenizer.bos_id}, "
+    yield f"                  EOS {tokenizer.eos_id})"
+    yield f"  chat template   {template.source} {template.fingerprint[:12]}".rstrip()
+    yield f"  fingerprint     {store.fingerprint}"
+    yield from _rewards(manifest)
+    yield from _reference(store)
+    yield "  left out"
+    yield from (f"    {count:>10,}  {reason}" for reason, count in manifest.dropped.items())
+    yield f"    {manifest.boundary_merges:>10,}  boundary merges (kept: tokenized apart from their prompt)"
+    yield from _histogram("responses per group", manifest.responses_per_group, prefix="")
+    yield from _histogram("prompt length, tokens", manifest.lengths.prompt, prefix="<= ")
+    yield from _histogram("response length, tokens", manifest.lengths.response, prefix="<= ")
+    yield from _histogram("group length (prompt + all responses), tokens", manifest.lengths.total, prefix="<= ")
+
+
+def _rewards(manifest: Manifest) -> Iterator[str]:
+    reward = manifest.reward
+    if reward is None:
+        yield "  rewards         none"
+        return
+    yield f"  rewards         {reward.source}: mean {reward.mean:.6g}, std {reward.std:.6g}, "
+    yield f"                  from {reward.min:.6g} to {reward.max:.6g}; all equal in {reward.all_equal:.2%} of groups"
+
+
+def _reference(store: Store) -> Iterator[str]:
+    identity = store.reference_identity()
+    if identity is None:
+        yield "  reference       none stored"
+        return
+    yield "  reference       stored log-probabilities of"
+    yield from (f"    {key}: {value}" for key, value in sorted(identity.items()))
+
+
+def _histogram(title: str, counts: dict[int, int], *, prefix: str) -> Iterator[str]:
+    yield f"  {title}"
+    most = max(counts.values())
+    for value, count in sorted(counts.items()):
+        bar = "█" * max(1, round(BAR_WIDTH * count / most))
+        yield f"    {prefix + str(value):>10}  {count:>10,}  {bar}"
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+def _example(tokenizer: Tokenizer, i: int, group: Group) -> Iterator[str]:
+    prompt = group.prompt.tolist()
+    yield f"\n=== group {i}: prompt, {len(prompt)} tokens"
+    yield BORDER.join(tokenizer.pieces(prompt))
+    for k, response in enumerate(group.responses):
+        reward = "" if group.reward is None else f", reward {group.reward[k]:.6g}"
+        yield f"--- group {i}: response {k}, {response.size} tokens{reward}"
+        yield BORDER.join(tokenizer.pieces([*prompt, *response.tolist()])[len(prompt) :])

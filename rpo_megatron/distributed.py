@@ -1,0 +1,190 @@
+"""Process groups and the few collectives that are ours. The only place that touches megatron's parallel_state.
+
+Ranks are laid out as megatron does: tensor innermost, then data, then pipeline.
+"""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rpo_megatron import cpu
+from rpo_megatron.config import ParallelConfig
+from rpo_megatron.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of the layout: this process's place on it."""
+
+    rank: int
+    size: int
+    group: Any
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    tp: Axis
+    pp: Axis
+    dp: Axis
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def speaks_for_data(self) -> bool:
+        """True on the one process per data-parallel replica whose results are counted: last stage, first TP rank."""
+        return self.pp.last and self.tp.first
+
+
+def environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun set them; (0, 1) without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig) -> Groups:
+    """Join the process group and split it into the axes of `parallel`; data parallelism takes what is left.
+
+    Raises UserError when the number of processes does not fit.
+    """
+    rank, world = environment()
+    check_world(parallel, world)
+    cpu.enable()
+    device = _pick_device()
+    if not dist.is_initialized():
+        _join(rank, world, device, timeout=datetime.timedelta(minutes=parallel.timeout_minutes))
+    from megatron.core import parallel_state, tensor_parallel
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
+    # Nothing in a step draws random numbers (no dropout); megatron's layers still ask for the tracker to exist.
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    return Groups(
+        rank=rank,
+        world=world,
+        device=device,
+        tp=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        dp=_axis(parallel_state.get_data_parallel_group()),
+    )
+
+
+def stop() -> None:
+    """Leave the process group; every rank must get here."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def check_world(parallel: ParallelConfig, world: int) -> None:
+    """Raises UserError when `world` processes cannot be laid out as `parallel` asks."""
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world % model_ranks:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
+            f"{model_ranks} processes, got {world}; launch with torchrun --nproc-per-node {model_ranks} "
+            f"(or another multiple), or change the layout"
+        )
+
+
+def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:
+    """All-reduce (sum) over every process, in place. No gradient."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """The small Python objects of all ranks, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_leader(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 only and give its result to all. If it raises, every rank raises a UserError with the same
+    text: file work on one rank must not leave the others waiting in a collective."""
+    box: list[Any] = [None, None]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except Exception as caught:
+            error = caught
+            box[1] = f"{caught}" if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1]) from error
+    return box[0]
+
+
+def first_to_fail() -> bool:
+    """True on the one process that should print an error: the first that asks, or without a process group yet, the
+    first process of each host."""
+    if dist.is_initialized():
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.add("rpo_megatron/failed", 1) == 1
+        except Exception:  # the store went down with another rank: that one has spoken
+            return environment()[0] == 0
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def _join(rank: int, world: int, device: torch.device, *, timeout: datetime.timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} on {socket.gethostname()} could not join the other processes "
+            f"(MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}): {error}; "
+            f"launch with torchrun, and check that the address is reachable from every node"
+        ) from error
+
+
+def _pick_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; "
+            f"launch at most that many processes per node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _axis(group: Any) -> Axis:
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

@@ -1,0 +1,43 @@
+"""`rpo VERB --help`: the knobs of a config class with type, default and the text under each field in config.py."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from typing import get_type_hints
+
+
+def describe(config: type, *, prefix: str = "") -> str:
+    """One entry per knob, sections first named by their path. Read from the source, so it cannot drift from it."""
+    texts = _field_texts(config)
+    hints = get_type_hints(config)
+    lines: list[str] = []
+    for spec in dataclasses.fields(config):
+        if dataclasses.is_dataclass(hints[spec.name]):
+            lines.append(describe(hints[spec.name], prefix=f"{prefix}{spec.name}."))  # type: ignore[arg-type]
+            continue
+        default = "must be given" if spec.default is dataclasses.MISSING else f"default {_show(spec.default)}"
+        lines.append(f"  {prefix}{spec.name}: {_type_name(hints[spec.name])} ({default})")
+        lines.append(textwrap.fill(texts.get(spec.name, ""), 112, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type_name(hint: object) -> str:
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    return name.replace("typing.Literal", "one of ").replace("None", "null")
+
+
+def _field_texts(config: type) -> dict[str, str]:
+    """The string that follows each field: Python keeps it only in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            assert isinstance(after.value, ast.Constant)
+            texts[field.target.id] = " ".join(str(after.value.value).split())
+    return texts

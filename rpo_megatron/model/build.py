@@ -1,0 +1,135 @@
+"""Policy and reference as megatron-core GPT models: this rank's part of one, from a ModelShape.
+
+The one file that constructs megatron models (GPTModel is announced as deprecated from 0.20 on).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from rpo_megatron.distributed import Groups
+from rpo_megatron.model.layers import block_spec
+from rpo_megatron.model.logprobs import token_logprobs
+from rpo_megatron.model.rotary import Rotary
+from rpo_megatron.model.row import Row
+from rpo_megatron.model.shape import ModelShape, padded_vocab
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ScoringModel(GPTModel):
+    """This pipeline stage of a GPT that answers with log-probabilities instead of logits.
+
+    forward(row) gives hidden states [T, 1, H] on every stage but the last, and there the log-probability of each scored
+    token, fp32 [N]. Embedding, decoder and output layer are GPTModel's; what is ours is the way between them.
+    """
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, groups: Groups) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(config),
+            vocab_size=padded_vocab(shape),
+            max_sequence_length=shape.max_positions,
+            pre_process=groups.pp.first,
+            post_process=groups.pp.last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="none",
+        )
+        self.shape = shape
+        self.tp_rank = groups.tp.rank
+        self.rotary = Rotary(shape, groups.device)
+
+    def forward(self, row: Row) -> torch.Tensor:
+        hidden = self.embedding(input_ids=row.tokens_1T, position_ids=None) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary(row.positions_T),
+            packed_seq_params=row.segments,
+        )
+        if not self.post_process:
+            return hidden
+        tied = self.shape.tied_embeddings
+        return token_logprobs(
+            hidden,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            row.scored_position_N,
+            row.scored_label_N,
+            vocab_size=self.shape.vocab_size,
+            tp_rank=self.tp_rank,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+
+def build(shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups) -> ScoringModel:
+    """This rank's part of the model, with weights not yet set."""
+    config = transformer_config(shape, precision=precision, sequence_parallel=sequence_parallel, groups=groups)
+    return ScoringModel(config, shape, groups).to(groups.device)
+
+
+def freeze(model: ScoringModel) -> ScoringModel:
+    """A reference: no gradients, hence no buffers for them."""
+    return model.requires_grad_(False).eval()
+
+
+def wrap(model: ScoringModel) -> DistributedDataParallel:
+    """Megatron's data parallelism with gradients reduced in fp32 and sharded for the distributed optimizer."""
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    return DistributedDataParallel(model.config, ddp, model)
+
+
+def transformer_config(
+    shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups
+) -> TransformerConfig:
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        **_architecture(shape),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        tensor_model_parallel_size=groups.tp.size,
+        pipeline_model_parallel_size=groups.pp.size,
+        sequence_parallel=sequence_parallel,
+        # The exact mean over the groups of the global batch: losses are sums, counts travel beside them, and megatron
+        # divides once. "Token" in its name is whatever the count counts.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # Rows differ in length. Megatron's check asks for the all-to-all dispatcher even in dense models.
+        variable_seq_lengths=groups.pp.size > 1,
+        moe_token_dispatcher_type="alltoall",
+        perform_initialization=False,
+        use_cpu_initialization=groups.device.type == "cpu",
+        # Fused kernels need apex or Transformer Engine.
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _architecture(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_size,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "qk_layernorm": shape.qk_norm,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }

@@ -1,0 +1,79 @@
+"""Every workaround for megatron-core, each with its reason and the condition for its removal. Empty is the goal."""
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+
+def use_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Make megatron build `optimizer` where it would build FusedAdam.
+
+    Why: without Transformer Engine and apex, megatron-core (0.16.1 to 0.19.2) falls back to torch.optim.AdamW, and its
+    DistributedOptimizer then resumes silently wrong: one `step` tensor, loaded as 0, shared by all parameters
+    (distrib_optimizer.py, load_parameter_state and _init_optimizer_states_with_dummy_values assume FusedAdam's layout,
+    `step` in the parameter group).
+    Remove when: DistributedOptimizer's checkpoints support torch.optim.AdamW.
+    """
+    from megatron.core import optimizer as package
+    from megatron.core.optimizer import distrib_optimizer
+
+    modules: list[Any] = [package, distrib_optimizer]
+    for module in modules:
+        module.Adam = optimizer
+    modules[0].USING_PYTORCH_OPTIMIZER = False
+    modules[1].HAVE_APEX_OR_TE = modules[1].USING_APEX_OPTIMIZER = True
+
+
+def has_fused_adam() -> bool:
+    """True where megatron found FusedAdam in Transformer Engine or apex."""
+    from megatron.core import optimizer as package
+
+    return not getattr(package, "USING_PYTORCH_OPTIMIZER", True)
+
+
+def save_strategy() -> Any:
+    """The torch_dist checkpoint writer, writing from threads of this process.
+
+    Why: megatron-core 0.16 forks writer processes (filesystem_async.py, write_preloaded_data_multiproc) and waits for
+    good when one of them dies before it reports, as happens without psutil. Both 0.16 and 0.19 spawn a Manager process
+    for a queue that need not leave this one, seconds for each save. And 0.19 dropped the arguments of
+    get_default_save_sharded_strategy.
+    Remove when: megatron-core 0.16 is no longer supported (the forks, the arguments) and 0.19's queue is an in-process one.
+    """
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    module: Any = filesystem_async
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(module, name):
+            setattr(module, name, lambda *_: queue.Queue())
+    if hasattr(module.FileSystemWriterAsync, "write_preloaded_data_multiproc"):
+        module.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    try:
+        return get_default_save_sharded_strategy("torch_dist", 1)
+    except TypeError:
+        return get_default_save_sharded_strategy()
+
+
+def _write_in_threads(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: "queue.Queue[Any]"
+) -> None:
+    """What write_preloaded_data_multiproc does, one thread per bucket: puts {bucket: results}, or the exception."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    done: queue.Queue[Any] = queue.Queue()
+    counter: queue.Queue[int] = queue.Queue()
+
+    def write(i: int, bucket: Any) -> None:
+        counter.put(i)
+        options = {"local_proc_idx": i, "write_bucket": bucket, "use_fsync": True, "use_msc": use_msc}
+        FileSystemWriterAsync.write_preloaded_data(transforms, results_queue=done, count_queue=counter, **options)
+
+    with ThreadPoolExecutor(max_workers=max(1, len(buckets))) as pool:
+        for future in [pool.submit(write, i, bucket) for i, bucket in enumerate(buckets)]:
+            future.result()
+    written = dict(done.get_nowait() for _ in buckets)
+    failures = [result for result in written.values() if isinstance(result, Exception)]
+    results.put(failures[0] if failures else written)

@@ -1,0 +1,30 @@
+"""Row: one packed micro-batch as the model reads it, on the rank's device."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """The borders inside a row, in the slot that megatron passes down to core attention.
+
+    `qkv_format` is not "thd" on purpose: megatron then keeps the [T, 1, heads, dim] layout and applies the rotary
+    frequencies that the model made from explicit positions, instead of counting positions again per segment.
+    """
+
+    qkv_format: str = "sbhd"
+    lengths: list[int] = field(default_factory=list)
+    """Segment lengths on the host, so that attention never waits for the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Shapes: T tokens, N scored tokens. See data/microbatch.py for what the arrays mean."""
+
+    tokens_1T: torch.Tensor
+    positions_T: torch.Tensor
+    segments: Segments
+    scored_position_N: torch.Tensor
+    scored_label_N: torch.Tensor

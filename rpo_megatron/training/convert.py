@@ -1,0 +1,74 @@
+"""`rpo export` and `rpo import`: our checkpoints to and from Hugging Face directories, under any layout."""
+
+from pathlib import Path
+
+from rpo_megatron import config as config_file
+from rpo_megatron.config import ExportConfig, ImportConfig, ParallelConfig
+from rpo_megatron.distributed import Groups, on_leader, start, stop
+from rpo_megatron.errors import UserError
+from rpo_megatron.model.build import ScoringModel, build
+from rpo_megatron.model.hf_io import HFWriter, copy_companions
+from rpo_megatron.model.shape import check_layout, num_parameters, read_shape
+from rpo_megatron.model.source import find, read_state
+from rpo_megatron.model.weights import gather_hf
+from rpo_megatron.training import checkpoint
+from rpo_megatron.training.checkpoint import HF_DTYPES, RunState, load_weights
+
+
+def export(config: ExportConfig) -> None:
+    """Write config, tokenizer, generation config and sharded safetensors that `transformers` loads."""
+    groups = start(ParallelConfig(tensor=config.tensor, pipeline=config.pipeline))
+    source = find(config.load)
+    if source.kind != "checkpoint":
+        raise UserError(f"'{config.load}' is a Hugging Face directory already; give a checkpoint or a run directory")
+    precision = read_state(source.path)["precision"]
+    shape = read_shape(source.hf)
+    check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
+    model = build(shape, precision=precision, sequence_parallel=False, groups=groups)
+    load_weights(model, source, groups)
+    write_hf(model, config, source.hf, dtype=HF_DTYPES[precision], groups=groups)
+    if groups.leads:
+        print(f"exported {source.path} ({num_parameters(shape):,} parameters, {precision}) -> {config.save}")
+    stop()
+
+
+def write_hf(model: ScoringModel, config: ExportConfig, companions: Path, *, dtype: str, groups: Groups) -> None:
+    """Gather the model parameter by parameter and write it on rank 0."""
+    tensors = gather_hf(model, groups)
+    if not groups.leads:
+        for _ in tensors:
+            pass
+    else:
+        with HFWriter(config.save, max_shard_bytes=int(config.max_shard_gb * 1e9)) as writer:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            copy_companions(companions, writer.staging, dtype=dtype)
+    on_leader(lambda: None)  # all wait until the directory has its name
+
+
+def import_(config: ImportConfig) -> None:
+    """Write a weights-only checkpoint; `model.path` may point at it, under any layout."""
+    groups = start(ParallelConfig(tensor=config.tensor, pipeline=config.pipeline))
+    source = find(config.load)
+    directory = Path(config.save)
+    if directory.exists():
+        raise UserError(f"save: '{directory}' exists already; give a directory that does not")
+    shape = read_shape(source.hf)
+    check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
+    model = build(shape, precision=config.precision, sequence_parallel=False, groups=groups)
+    load_weights(model, source, groups)
+    state = RunState(
+        step=0, consumed=0, seed=0, precision=config.precision, data="", reference=None
+    )
+    checkpoint.save(
+        model,
+        None,
+        directory=directory,
+        state=state,
+        config_text=config_file.dump(config),
+        companions=source.hf,
+        groups=groups,
+    )
+    if groups.leads:
+        print(f"imported {source.path} ({num_parameters(shape):,} parameters, {config.precision}) -> {directory}")
+    stop()

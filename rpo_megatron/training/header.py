@@ -1,0 +1,57 @@
+"""The first lines of a run: what is trained, on what, against what, and how. Enough to tell two runs apart."""
+
+from pathlib import Path
+
+import torch
+from megatron.core import __version__ as megatron_version
+
+from rpo_megatron import __version__
+from rpo_megatron.distributed import Groups
+from rpo_megatron.objectives import methods
+from rpo_megatron.training import resolve
+from rpo_megatron.training.resolve import Plan
+
+
+def show(plan: Plan, groups: Groups, *, resume_from: Path | None) -> None:
+    """Print the header on rank 0."""
+    if groups.leads:
+        print(text(plan, groups, resume_from=resume_from), flush=True)
+
+
+def text(plan: Plan, groups: Groups, *, resume_from: Path | None) -> str:
+    config = plan.config
+    knobs = methods.resolve_knobs(config.objective)
+    valid = "none" if plan.valid_store is None else resolve.describe_store(plan.valid_store)
+    start = f"{config.model.init} weights, {plan.source.path}" if resume_from is None else f"resumed from {resume_from}"
+    rows = {
+        "rpo_megatron": f"{__version__}, torch {torch.__version__}, megatron-core {megatron_version}",
+        "model": resolve.describe_model(plan),
+        "start": start,
+        "layout": _layout(plan, groups),
+        "precision": f"{config.precision} weights; fp32 gradients, master weights and log-probs; fp64 objective",
+        "objective": methods.describe(config.objective.method, knobs=knobs),
+        "reference": resolve.describe_reference(plan),
+        "train data": resolve.describe_store(plan.train_store),
+        "valid data": valid,
+        "steps": resolve.describe_steps(plan),
+        "batches": _batches(plan),
+        "run": config.run_dir,
+    }
+    return "\n".join(f"{name:<13} {value}".replace("\n", "\n" + " " * 14) for name, value in rows.items())
+
+
+def _layout(plan: Plan, groups: Groups) -> str:
+    sequence = ", sequence parallel" if plan.config.parallel.sequence else ""
+    device = "CPU (gloo)" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name(groups.device)} (nccl)"
+    return (
+        f"{groups.world} processes = tensor {groups.tp.size} x pipeline {groups.pp.size} x data {groups.dp.size}"
+        f"{sequence}; {device}"
+    )
+
+
+def _batches(plan: Plan) -> str:
+    data, store = plan.config.data, plan.train_store
+    longest = max(store.manifest.lengths.total)
+    rows = f"rows of up to {data.tokens_per_microbatch} tokens" if data.packing else "one group per row"
+    note = f"; the longest groups (up to {longest} distinct tokens) get longer rows" * (longest > data.tokens_per_microbatch)
+    return f"whole groups packed into {rows}{note}"

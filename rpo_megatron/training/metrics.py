@@ -1,0 +1,177 @@
+"""What one sees while it runs: the log line, metrics.jsonl, TensorBoard. All numbers of all ranks in one reduction."""
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rpo_megatron.config import LoggingConfig
+from rpo_megatron.distributed import Groups, gather_objects, sum_over_world
+from rpo_megatron.fileio import write_text_atomically
+from rpo_megatron.training.forward import Stats, merge_stats
+
+METRICS_FILE = "metrics.jsonl"
+COLUMNS = (  # name, label, format
+    ("loss", "loss", ".4f"),
+    ("accuracy", "acc", ".3f"),
+    ("margin", "margin", "+.4f"),
+    ("reward_best", "reward best", "+.4f"),
+    ("reward_rest", "rest", "+.4f"),
+    ("logp_best", "logp best", ".1f"),
+    ("logp_rest", "rest", ".1f"),
+    ("kl", "kl", "+.4f"),
+    ("grad_norm", "grad", ".3g"),
+    ("lr", "lr", ".2e"),
+    ("tokens_per_second", "tok/s", ".0f"),
+    ("step_seconds", "s/step", ".2f"),
+    ("memory_gb", "GB", ".2f"),
+)
+"""The log line, in order; a record may lack some (a method without reference has no kl)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """The same on every rank."""
+
+    means: dict[str, float]
+    tokens: float
+    """Useful (non-padding) tokens over all data-parallel ranks."""
+    memory_gb: float
+    """Peak of the rank that needs most, in 1e9 bytes."""
+
+
+class Reducer:
+    """Turns the ranks' sums and counts into means with one all-reduce."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._names: list[str] = []
+
+    def __call__(self, stats: Stats, *, tokens: int = 0) -> Reduced:
+        """Every rank must call this; only the ranks that speak for their data are counted."""
+        if not self._names:
+            self._names = max(gather_objects(list(stats)), key=len)  # only last stages know the names
+        groups, num = self._groups, len(self._names)
+        vector = torch.zeros(2 * num + 1 + groups.world, dtype=torch.float64, device=groups.device)
+        if groups.speaks_for_data:
+            vector[:num] = torch.stack([stats[name][0].double() for name in self._names])
+            vector[num : 2 * num] = torch.stack([stats[name][1].double() for name in self._names])
+            vector[2 * num] = tokens
+        vector[2 * num + 1 + groups.rank] = peak_memory_gb(groups.device)
+        numbers = sum_over_world(vector).tolist()
+        pairs = zip(self._names, numbers[:num], numbers[num : 2 * num], strict=True)
+        means = {name: value / count for name, value, count in pairs if count > 0}
+        return Reduced(means=means, tokens=numbers[2 * num], memory_gb=max(numbers[2 * num + 1 :]))
+
+
+class Metrics:
+    """Collects steps on the device until a line is due, then reduces, prints and writes them."""
+
+    def __init__(self, config: LoggingConfig, *, run_dir: str, num_steps: int, groups: Groups) -> None:
+        self._every = config.every
+        self._num_steps = num_steps
+        self._reduce = Reducer(groups)
+        self._outputs = _open_outputs(config, Path(run_dir)) if groups.leads else None
+        self._start_line()
+
+    def add(self, stats: Stats, *, tokens: int) -> None:
+        """Take in one step: this rank's statistics, and the useful tokens of its rows."""
+        self._stats = merge_stats(self._stats, stats)
+        self._tokens += tokens
+        self._steps += 1
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0 or step == self._num_steps
+
+    def log(self, step: int, *, lr: float, grad_norm: float) -> None:
+        """Average over the steps since the last line, print and write. Every rank must call this."""
+        reduced = self._reduce(self._stats, tokens=self._tokens)
+        seconds = time.perf_counter() - self._since
+        record = {
+            **reduced.means,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": reduced.tokens / seconds,
+            "step_seconds": seconds / self._steps,
+            "memory_gb": reduced.memory_gb,
+        }
+        self._write("train", step, record)
+        self._start_line()
+
+    def log_evaluation(self, step: int, stats: Stats) -> None:
+        """The same for statistics over a held-out store. Every rank must call this."""
+        self._write("valid", step, self._reduce(stats).means)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work that is not a training step, whose time the steps' time leaves out."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def close(self) -> None:
+        if self._outputs is not None and self._outputs.tensorboard is not None:
+            self._outputs.tensorboard.close()
+
+    def _start_line(self) -> None:
+        self._stats: Stats = {}
+        self._tokens = 0
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
+        if self._outputs is None:
+            return
+        print(f"{kind} {step:>{len(str(self._num_steps))}}/{self._num_steps} | {format_line(record)}", flush=True)
+        with self._outputs.jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **record}) + "\n")
+        if self._outputs.tensorboard is not None:
+            for name, value in record.items():
+                self._outputs.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outputs:
+    jsonl: Path
+    tensorboard: Any
+
+
+def _open_outputs(config: LoggingConfig, run_dir: Path) -> _Outputs:
+    writer = None
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+    return _Outputs(jsonl=run_dir / METRICS_FILE, tensorboard=writer)
+
+
+def format_line(record: dict[str, float]) -> str:
+    return " | ".join(f"{label} {record[name]:{form}}" for name, label, form in COLUMNS if name in record)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB (1e9): allocated on the GPU, or resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def drop_records_after(run_dir: str, step: int) -> None:
+    """Forget what an interrupted run logged beyond the checkpoint that a resumed one starts from."""
+    file = Path(run_dir) / METRICS_FILE
+    if file.is_file():
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_text_atomically(file, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # half a line: the process died while writing it

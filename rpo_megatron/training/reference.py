@@ -1,0 +1,45 @@
+"""The frozen reference, as a function that completes a list of batches with `ref_logp_GK`.
+
+A method that reads no reference gets the identity and loads nothing; a stored reference is already in the batches; a
+resident one is a second model that runs one forward-only pass over the step's batches.
+"""
+
+from collections.abc import Callable
+
+from rpo_megatron.distributed import Groups
+from rpo_megatron.model.build import ScoringModel, build, freeze
+from rpo_megatron.training.checkpoint import load_weights
+from rpo_megatron.training.forward import Batch, run_logps, with_reference
+from rpo_megatron.training.resolve import Plan
+
+
+Fill = Callable[[list[Batch]], list[Batch]]
+
+
+def build_reference(plan: Plan, groups: Groups) -> Fill:
+    """Raises UserError when the reference's weights cannot be loaded."""
+    if plan.reference != "resident":
+        return _nothing
+    model = load_reference(plan, groups)
+
+    def fill(batches: list[Batch]) -> list[Batch]:
+        return with_reference(batches, run_logps(model, batches))
+
+    return fill
+
+
+def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
+    """The reference's weights in a model without gradients, optimizer state or data-parallel buffers."""
+    config = plan.config
+    model = build(
+        plan.reference_shape,
+        precision=config.precision,
+        sequence_parallel=config.parallel.sequence,
+        groups=groups,
+    )
+    load_weights(model, plan.reference_source, groups)
+    return freeze(model)
+
+
+def _nothing(batches: list[Batch]) -> list[Batch]:
+    return batches

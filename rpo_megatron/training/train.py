@@ -1,0 +1,173 @@
+"""`rpo train`: build the parts, then a loop that can be read.
+
+    torchrun --nproc-per-node 4 -m rpo_megatron train run.yaml parallel.tensor=2 parallel.pipeline=2
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpo_megatron import config as config_file
+from rpo_megatron.config import RunConfig
+from rpo_megatron.data.loader import Loader
+from rpo_megatron.distributed import Groups, on_leader, start, stop
+from rpo_megatron.errors import UserError
+from rpo_megatron.model.build import ScoringModel, build, wrap
+from rpo_megatron.model.source import newest_checkpoint
+from rpo_megatron.model.weights import load_random
+from rpo_megatron.objectives import objective as objectives
+from rpo_megatron.objectives.objective import Objective
+from rpo_megatron.training import checkpoint, header
+from rpo_megatron.training.checkpoint import RunState
+from rpo_megatron.training.evaluate import Evaluation, build_evaluation, make_loader
+from rpo_megatron.training.forward import to_device
+from rpo_megatron.training.metrics import Metrics, drop_records_after
+from rpo_megatron.training.optimizer import build_optimizer, learning_rate
+from rpo_megatron.training.reference import Fill, build_reference
+from rpo_megatron.training.resolve import Plan, resolve
+from rpo_megatron.training.step import train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run. Only `model` and `optimizer` change while it goes on."""
+
+    plan: Plan
+    groups: Groups
+    objective: Objective
+    loader: Loader
+    reference: Fill
+    model: Any
+    """The policy in megatron's DDP; the policy itself is `model.module`."""
+    optimizer: Any
+    evaluation: Evaluation | None
+    metrics: Metrics
+    first_step: int
+
+    @property
+    def config(self) -> RunConfig:
+        return self.plan.config
+
+
+def train(config: RunConfig) -> None:
+    """Raises UserError before any weight is loaded if the config, the data and the model do not go together."""
+    groups = start(config.parallel)
+    run = build_run(resolve(config), groups)
+    train_loop(run)
+    run.metrics.close()
+    stop()
+
+
+def train_loop(run: Run) -> None:
+    config, num_steps = run.config, run.plan.num_steps
+    last_step = min(num_steps, config.train.stop_at or num_steps)
+    for step in range(run.first_step, last_step):
+        _evaluate_if_due(run, step)
+        rows = run.loader.step(step)
+        batches = run.reference([to_device(row, run.groups.device) for row in rows])
+        lr = learning_rate(config.optimizer, step, num_steps)
+        result = train_step(run.model, run.optimizer, batches, run.objective, lr=lr)
+        run.metrics.add(result.stats, tokens=sum(row.num_real_tokens for row in rows))
+        done = step + 1
+        if run.metrics.due(done):
+            run.metrics.log(done, lr=lr, grad_norm=result.grad_norm)
+        if done == last_step or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            _save(run, done)
+    if last_step == num_steps:
+        _evaluate_if_due(run, num_steps)
+
+
+def build_run(plan: Plan, groups: Groups) -> Run:
+    """All parts, the weights in place: drawn, read, or restored from the newest checkpoint of the run directory."""
+    config = plan.config
+    objective = objectives.build(config.objective)
+    resume_from = _open_run_dir(config)
+    header.show(plan, groups, resume_from=resume_from)
+    policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
+    if resume_from is None:
+        _load_start(plan, policy, groups)
+    model = wrap(policy)
+    optimizer = build_optimizer(config.optimizer, model, config.precision)
+    first_step = 0
+    if resume_from is not None:
+        fresh = _run_state(plan, step=0)
+        first_step = checkpoint.load(policy, optimizer, directory=resume_from, expected=fresh, groups=groups).step
+        on_leader(lambda: drop_records_after(config.run_dir, first_step))
+    reference = build_reference(plan, groups)
+    evaluation = None
+    if config.evaluation.every:
+        evaluation = build_evaluation(plan, groups, objective=objective, fill_reference=reference)
+    return Run(
+        plan=plan,
+        groups=groups,
+        objective=objective,
+        loader=make_loader(plan, plan.train_store, groups),
+        reference=reference,
+        model=model,
+        optimizer=optimizer,
+        evaluation=evaluation,
+        metrics=Metrics(config.logging, run_dir=config.run_dir, num_steps=plan.num_steps, groups=groups),
+        first_step=first_step,
+    )
+
+
+def _open_run_dir(config: RunConfig) -> Path | None:
+    """Make the run directory, save the resolved config in it, and say which checkpoint to go on from."""
+
+    def action() -> Path | None:
+        newest = newest_checkpoint(config.run_dir)
+        if newest is not None and config.checkpoint.resume == "never":
+            raise UserError(
+                f"run_dir '{config.run_dir}' has checkpoints already and checkpoint.resume=never; give another run_dir, "
+                f"or checkpoint.resume=auto to go on from {newest.name}"
+            )
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        config_file.write(config, Path(config.run_dir) / "config.yaml")
+        return newest
+
+    return on_leader(action)
+
+
+def _load_start(plan: Plan, policy: ScoringModel, groups: Groups) -> None:
+    if plan.config.model.init == "random":
+        load_random(policy, plan.config.seed, groups)
+    else:
+        checkpoint.load_weights(policy, plan.source, groups)
+
+
+def _run_state(plan: Plan, *, step: int) -> RunState:
+    reference = plan.reference_identity(plan.train_store) if plan.reference != "none" else None
+    return RunState(
+        step=step,
+        consumed=step * plan.config.train.groups_per_step,
+        seed=plan.config.seed,
+        precision=plan.config.precision,
+        data=plan.train_store.fingerprint,
+        reference=reference,
+    )
+
+
+def _save(run: Run, step: int) -> None:
+    config = run.config
+    directory = checkpoint.step_directory(config.run_dir, step)
+    with run.metrics.paused():
+        checkpoint.save(
+            run.model.module,
+            run.optimizer,
+            directory=directory,
+            state=_run_state(run.plan, step=step),
+            config_text=config_file.dump(config),
+            companions=run.plan.source.hf,
+            groups=run.groups,
+        )
+        on_leader(lambda: checkpoint.make_latest(directory, keep=config.checkpoint.keep))
+    if run.groups.leads:
+        print(f"checkpoint {directory}", flush=True)
+
+
+def _evaluate_if_due(run: Run, step: int) -> None:
+    evaluation, every = run.evaluation, run.config.evaluation.every
+    if evaluation is None or (step % every and step != run.plan.num_steps):
+        return
+    with run.metrics.paused():
+        run.metrics.log_evaluation(step, evaluation.run(run.model))

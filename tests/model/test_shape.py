@@ -1,0 +1,250 @@
+"""config.json -> ModelShape, and the sizes that follow from it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpo_megatron.errors import UserError
+from rpo_megatron.model.shape import (
+    ModelShape,
+    RopeScaling,
+    check_layout,
+    num_parameters,
+    padded_vocab,
+    read_shape,
+)
+
+# meta-llama/Llama-3.1-8B as transformers 4 wrote it.
+LLAMA_31: dict[str, Any] = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+LLAMA_31_SHAPE = ModelShape(
+    family="llama",
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=14336,
+    vocab_size=128256,
+    tied_embeddings=False,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(
+        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    ),
+    qkv_bias=False,
+    qk_norm=False,
+    max_positions=131072,
+    sliding_window=None,
+    dtype="bfloat16",
+)
+# Qwen/Qwen2.5-0.5B: kv bias, tied, a window that is switched off.
+QWEN_25 = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def read(tmp_path: Path, config: dict[str, Any], **changes: Any) -> ModelShape:
+    merged = {k: v for k, v in {**config, **changes}.items() if v is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(merged))
+    return read_shape(tmp_path)
+
+
+def test_transformers_4_style(tmp_path: Path) -> None:
+    """A field read from the wrong key of an old config."""
+    assert read(tmp_path, LLAMA_31) == LLAMA_31_SHAPE
+
+
+def test_transformers_5_style(tmp_path: Path) -> None:
+    """rope_theta or the scaling lost when they moved into rope_parameters (a model that trains, but worse)."""
+    rope = {**LLAMA_31["rope_scaling"], "rope_theta": 500000.0}
+    new = {"rope_parameters": rope, "dtype": "bfloat16", "rope_scaling": ..., "rope_theta": ..., "torch_dtype": ...}
+    assert read(tmp_path, LLAMA_31, **new) == LLAMA_31_SHAPE
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("style", ["rope_parameters", "rope_scaling"])
+def test_agrees_with_transformers(tmp_path: Path, family: str, style: str) -> None:
+    """Any value, in particular a default for a key left out, that transformers reads otherwise."""
+    transformers = pytest.importorskip("transformers")
+    bare = {k: LLAMA_31[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")}
+    bare |= {"vocab_size": 509, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "model_type": family}
+    bare |= {style: {"type": "linear", "factor": 2.0, "rope_theta": 7.0}, "max_window_layers": 0}
+    for changes in ({}, {"use_sliding_window": True}, {"head_dim": 64, "num_key_value_heads": 4, "rope_theta": 3.0}):
+        ours = read(tmp_path, bare, **changes)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+        assert (ours.rope_theta, ours.rope_scaling) == (
+            theirs.rope_parameters["rope_theta"],
+            RopeScaling(kind="linear", factor=theirs.rope_parameters["factor"]),
+        )
+        assert ours.tied_embeddings == theirs.tie_word_embeddings
+        assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+
+
+def test_very_old_llama(tmp_path: Path) -> None:
+    """Llama 1 configs, which lack kv heads, rope_theta, tie_word_embeddings and biases, refused or misread."""
+    left_out = (
+        "num_key_value_heads",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+    )
+    shape = read(tmp_path, LLAMA_31, **dict.fromkeys((*left_out, "torch_dtype"), ...))
+    assert (shape.num_kv_heads, shape.rope_theta, shape.rope_scaling) == (32, 10000.0, None)
+    assert (shape.tied_embeddings, shape.dtype) == (False, "float32")
+
+
+def test_llama3_context_defaults_to_max_positions(tmp_path: Path) -> None:
+    """A missing original_max_position_embeddings, which transformers takes from max_position_embeddings."""
+    rope = {k: v for k, v in LLAMA_31["rope_scaling"].items() if k != "original_max_position_embeddings"}
+    scaling = read(tmp_path, LLAMA_31, rope_scaling=rope).rope_scaling
+    assert scaling is not None
+    assert scaling.original_max_positions == 131072
+
+
+def test_stories_model(shared: Path) -> None:
+    """A file that transformers 5 really wrote: rope_parameters without scaling, dtype, an explicit head_dim."""
+    shape = read_shape(shared / "models" / "stories260K")
+    assert (shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (5, 8, 4, 8)
+    assert (shape.rope_theta, shape.rope_scaling, shape.dtype) == (10000.0, None, "float32")
+    assert num_parameters(shape) == 260032
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type 'mixtral'.*supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": ...}, "model_type 'None'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'.*default, linear, llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs 'low_freq_factor'"),
+        ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "layer to layer"),
+        ({"rope_scaling": None, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_size": ...}, "hidden_size"),
+        ({"num_hidden_layers": "32"}, r"Expected `int`, got `str` - at `\$.num_hidden_layers`"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_key_value_heads": 5}, "no multiple of 5 kv heads"),
+        ({"num_attention_heads": 24}, "no head_dim"),
+    ],
+)
+def test_unsupported_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """A model that would load and compute something else than transformers does, or a message without the key."""
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, LLAMA_31, **changes)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_config_file_missing_or_malformed(tmp_path: Path) -> None:
+    """A traceback instead of a message."""
+    with pytest.raises(UserError, match="not a Hugging Face model directory"):
+        read_shape(tmp_path / "nowhere")
+    for text, message in (('{"model_type": ', "not valid JSON"), ("[1]", "JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_shape(tmp_path)
+
+
+def test_window_rules(tmp_path: Path) -> None:
+    """A window applied although Qwen's switch is off, dropped although it is on, or applied to every layer where
+    only the upper ones have it."""
+    assert read(tmp_path, QWEN_25).sliding_window is None
+    assert read(tmp_path, QWEN_25, use_sliding_window=True).sliding_window is None  # 24 of 24 layers are full
+    assert read(tmp_path, QWEN_25, use_sliding_window=True, max_window_layers=0).sliding_window == 32768
+    with pytest.raises(UserError, match=r"max_window_layers=12.*mix full and sliding"):
+        read(tmp_path, QWEN_25, use_sliding_window=True, max_window_layers=12)
+    assert read(tmp_path, QWEN_25, model_type="mistral").sliding_window == 32768
+    assert read(tmp_path, QWEN_25, model_type="mistral", sliding_window=None).sliding_window is None
+    assert read(tmp_path, QWEN_25, model_type="llama").sliding_window is None
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def test_num_parameters_of_published_models(tmp_path: Path) -> None:
+    """A weight forgotten or counted twice: the totals in the hub's safetensors indices."""
+    assert num_parameters(LLAMA_31_SHAPE) == 8_030_261_248
+    assert num_parameters(read(tmp_path, QWEN_25)) == 494_032_768
+
+
+@pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (509, 512), (128256, 128256)])
+def test_padded_vocab(vocab: int, padded: int) -> None:
+    """Rounding down, or padding a multiple once more."""
+    assert padded_vocab(replace(LLAMA_31_SHAPE, vocab_size=vocab)) == padded
+
+
+def test_check_layout() -> None:
+    """A layout that fails deep inside megatron, or advice that would fail again (9 divides the 36 heads, not 12)."""
+    check_layout(LLAMA_31_SHAPE, tensor=8, pipeline=4)
+    with pytest.raises(UserError, match=r"parallel.tensor=16 does not divide .* 8 kv heads; nearest that works: 8$"):
+        check_layout(LLAMA_31_SHAPE, tensor=16, pipeline=1)
+    with pytest.raises(UserError, match=r"parallel.pipeline=5 .* 32 layers; nearest that works: 4 or 8$"):
+        check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=5)
+    with pytest.raises(UserError, match=r"tensor=3 .* 32 heads, 8 kv heads, 14336 .*, 512 rows of the padded"):
+        check_layout(replace(LLAMA_31_SHAPE, vocab_size=509), tensor=3, pipeline=1)
+    odd = replace(LLAMA_31_SHAPE, num_heads=36, num_kv_heads=12)
+    with pytest.raises(UserError, match=r"tensor=9 .*; nearest that works: 4$"):
+        check_layout(odd, tensor=9, pipeline=1)
+    with pytest.raises(UserError, match=r"tensor=0 .* nearest that works: 1$"):
+        check_layout(LLAMA_31_SHAPE, tensor=0, pipeline=1)
+
+
+def test_imports_no_torch() -> None:
+    """`rpo config` waiting seconds for torch because a module under it imports torch or numpy."""
+    code = "import sys, rpo_megatron.model.shape; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,89 @@
+"""Tiny models and stores for tests: made in the test, no download, no tokenizer needed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from rpo_megatron.config import RunConfig, load
+from rpo_megatron.data.manifest import TokenizerInfo
+from rpo_megatron.data.store import StoreWriter
+from rpo_megatron.model.hf import entries
+from rpo_megatron.model.shape import read_shape
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 131,  # odd, so that the vocabulary is padded
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+def write_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A Hugging Face directory with random fp32 weights, large enough that attention and logits are far from flat."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for entry in entries(read_shape(directory)):
+        for name, size in entry.sources.items():
+            noise = torch.randn(size, generator=generator)
+            tensors[name] = 1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def write_store(prefix: Path, *, num_groups: int, seed: int = 0, max_responses: int = 4, rewards: bool = True) -> str:
+    """Random groups of 2 to `max_responses` responses, with rewards in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    info = TokenizerInfo(path="none", fingerprints={}, vocab_size=LLAMA["vocab_size"], bos_id=1, eos_id=2)
+    with StoreWriter(str(prefix), tokenizer=info) as writer:
+        for _ in range(num_groups):
+            k = int(rng.integers(2, max_responses + 1))
+            writer.add(
+                rng.integers(3, 131, size=rng.integers(2, 12)),
+                [rng.integers(3, 131, size=rng.integers(1, 14)) for _ in range(k)],
+                rng.random(k).astype(np.float32) if rewards else None,
+            )
+        writer.finish()
+    return str(prefix)
+
+
+def run_config(directory: Path, *overrides: str) -> RunConfig:
+    """A small fp32 run on the model and store in `directory` (model/, train), made if they are not there."""
+    if not (directory / "model" / "config.json").exists():
+        write_model(directory / "model")
+    if not (directory / "train.json").exists():
+        write_store(directory / "train", num_groups=12)
+    base = [
+        f"run_dir={directory / 'run'}",
+        f"model.path={directory / 'model'}",
+        f"data.train={directory / 'train'}",
+        "data.tokens_per_microbatch=96",
+        "objective.method=rpo_bwd",
+        "objective.beta=0.5",
+        "objective.eta=3.0",
+        "optimizer.lr=0.01",
+        "train.steps=3",
+        "train.groups_per_step=6",
+        "precision=fp32",
+        "logging.tensorboard=false",
+    ]
+    return load(RunConfig, None, [*base, *overrides])
