@@ -65,9 +65,7 @@ class Chat:
         """The prompt's text and, for each response, the text of both; every whole text starts with the prompt's."""
         if self._template is None:
             if not isinstance(group.prompt, str):
-                raise UserError(
-                    "the prompt is a list of messages, which needs a chat template: give chat_template=FILE"
-                )
+                raise UserError("a prompt of messages needs a chat template: give chat_template=FILE")
             return group.prompt, [group.prompt + response for response in group.responses]
         messages = _prompt_messages(group)
         answers = [response.strip() for response in group.responses] if group.transcript else group.responses

@@ -9,7 +9,7 @@ from pathlib import Path
 from rpo_megatron.config import InspectConfig
 from rpo_megatron.data.manifest import Manifest
 from rpo_megatron.data.store import Group, Store
-from rpo_megatron.data.tokenizer import Tokenizer, same_tokenizer
+from rpo_megatron.data.tokenizer import Tokenizer, same_tokenizer, tokenizer_fingerprints
 from rpo_megatron.errors import UserError
 
 BAR_WIDTH = 50
@@ -35,12 +35,9 @@ def _tokenizer(config: InspectConfig, manifest: Manifest) -> Tokenizer:
     path = config.tokenizer or manifest.tokenizer.path
     if not Path(path).exists():
         raise UserError(f"tokenizer '{path}' is not here: give tokenizer=PATH, or examples=0 for the counts alone")
-    tokenizer = Tokenizer(path)
-    if same_tokenizer(tokenizer.fingerprints, manifest.tokenizer.fingerprints) is False:
-        raise UserError(
-            f"'{path}' is not the tokenizer that made '{config.prefix}'; give the right one as tokenizer=PATH"
-        )
-    return tokenizer
+    if same_tokenizer(tokenizer_fingerprints(path), manifest.tokenizer.fingerprints) is False:
+        raise UserError(f"'{path}' is not the tokenizer that made '{config.prefix}'; give that one: tokenizer=PATH")
+    return Tokenizer(path)
 
 
 # ------------------------------------------------------------------------------------------------ summary

@@ -203,11 +203,12 @@ class _SentencePiece:
                 runs.append([])
             else:
                 runs[-1].append(i)
-        texts = [self._processor.decode(runs[0]), *map(self._decode_behind, runs[1:])]
+        opens = 1 if ids[:1] == [self.bos_id] else 0  # this run has the space that stands before every text
+        texts = [self._processor.decode(run) if i <= opens else self._decode_behind(run) for i, run in enumerate(runs)]
         return "".join(special + text for special, text in zip(specials, texts, strict=True))
 
     def _decode_behind(self, ids: list[int]) -> str:
-        """Alone, the space before the first word would be taken for the one that stands before every text."""
+        """Alone, a space before the first word would be taken for the one that stands before every text."""
         newline = list(self._processor.encode("\n"))
         return self._processor.decode(newline + ids)[len(self._processor.decode(newline)) :]
 

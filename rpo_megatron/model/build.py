@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from rpo_megatron.distributed import Groups
+from rpo_megatron.model import compat
 from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.logprobs import token_logprobs
 from rpo_megatron.model.rotary import Rotary
@@ -70,7 +71,9 @@ class ScoringModel(GPTModel):
 def build(shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups) -> ScoringModel:
     """This rank's part of the model, with weights not yet set."""
     config = transformer_config(shape, precision=precision, sequence_parallel=sequence_parallel, groups=groups)
-    return ScoringModel(config, shape, groups).to(groups.device)
+    model = ScoringModel(config, shape, groups).to(groups.device)
+    compat.mark_sharded_weights(model)
+    return model
 
 
 def freeze(model: ScoringModel) -> ScoringModel:

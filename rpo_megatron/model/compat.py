@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 
 def use_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
@@ -31,6 +33,21 @@ def has_fused_adam() -> bool:
     from megatron.core import optimizer as package
 
     return not getattr(package, "USING_PYTORCH_OPTIMIZER", True)
+
+
+def mark_sharded_weights(model: torch.nn.Module) -> None:
+    """Tell megatron which weights are split over the tensor ranks.
+
+    Why: megatron-core (0.16.1 to 0.19.2) sets these marks only while it draws initial weights (layers.py,
+    _initialize_affine_weight_cpu/_gpu), which we switch off because the weights are read. Without them every shard but
+    the first rank's counts as a copy: the gradient norm comes out too small and clipping differs between layouts.
+    Remove when: megatron-core sets them with perform_initialization=False.
+    """
+    split_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in split_dim and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
 
 
 def save_strategy() -> Any:

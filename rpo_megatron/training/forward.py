@@ -39,7 +39,8 @@ class Batch:
 
     def responses(self, logp_N: torch.Tensor) -> Responses:
         return Responses(
-            logp_GK=response_logps(logp_N, self.length_GK),
+            # Summed in fp64, kept in fp32 like the reference: while the two models are equal, so are the numbers.
+            logp_GK=response_logps(logp_N, self.length_GK).float(),
             length_GK=self.length_GK,
             ref_logp_GK=self.ref_logp_GK,
             reward_GK=self.reward_GK,
@@ -110,7 +111,6 @@ def with_reference(batches: list[Batch], logps: list[torch.Tensor]) -> list[Batc
     """The batches with the reference's log-probs in place (no-op on stages that never see them)."""
     if not logps:
         return batches
-    # fp32 like a stored reference, so that both give the same loss
     return [replace(batch, ref_logp_GK=logp.float()) for batch, logp in zip(batches, logps, strict=True)]
 
 

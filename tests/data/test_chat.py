@@ -36,7 +36,10 @@ def template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def texts(tokenizer: Tokenizer, group: TokenizedGroup) -> list[str]:
-    return [tokenizer.decode(ids.tolist()) for ids in (group.prompt, *(r.ids for r in group.responses))]
+    """The prompt, and what each response adds to it."""
+    prompt = group.prompt.tolist()
+    start = tokenizer.decode(prompt)
+    return [start, *(tokenizer.decode([*prompt, *r.ids.tolist()]).removeprefix(start) for r in group.responses)]
 
 
 @pytest.fixture(scope="session")
@@ -127,12 +130,12 @@ def test_one_bos_whatever_writes_it(sentencepiece_tokenizer: Tokenizer, chat_tok
 def test_turn_is_closed_once(sentencepiece_tokenizer: Tokenizer) -> None:
     """A template without end-of-turn token would train a model that never stops; one with must not get a second."""
     tokenizer = sentencepiece_tokenizer
-    for chosen in (template(LLAMA2, tokenizer), template(PLAIN, tokenizer), None):
+    group = Chat(tokenizer, template(LLAMA2, tokenizer)).tokenize(raw("one", "two", "three"))
+    assert [text.count("</s>") for text in texts(tokenizer, group)[1:]] == [1, 1]
+    for chosen in (template(PLAIN, tokenizer), None):
         group = Chat(tokenizer, chosen).tokenize(raw("one", "two", "</s> three", "four</s>", "five</s>\n"))
-        for response in group.responses:
-            assert response.ids[-1] == 2
-            assert response.ids[-2] != 2
-    assert texts(tokenizer, group)[2] == "</s> three</s>"
+        closed = [text.replace("\n", "").strip() for text in texts(tokenizer, group)[1:]]
+        assert closed == ["two</s>", "</s> three</s>", "four</s>", "five</s>"]
 
 
 def test_sentencepiece_template_has_no_extra_space(sentencepiece_tokenizer: Tokenizer) -> None:
