@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _MARK = "_rpo_megatron_cpu"
@@ -110,6 +111,10 @@ def _redirect_random_state() -> None:
 
 
 def _redirect_tensors() -> None:
+    # `with torch.device(...)` knows the factories by identity and lists them on first use. Had it listed our wrappers,
+    # it would ignore the calls that they forward, and transformers, which loads models under it, would silently leave
+    # buffers uninitialised.
+    _device_constructors()
     namespace: Any = torch
     namespace.zeros, namespace.tensor = _on_cpu(torch.zeros), _on_cpu(torch.tensor)
     tensor_class: Any = torch.Tensor

@@ -4,7 +4,8 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from typing import get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def describe(config: type, *, prefix: str = "") -> str:
@@ -14,7 +15,7 @@ def describe(config: type, *, prefix: str = "") -> str:
     lines: list[str] = []
     for spec in dataclasses.fields(config):
         if dataclasses.is_dataclass(hints[spec.name]):
-            lines.append(describe(hints[spec.name], prefix=f"{prefix}{spec.name}."))  # type: ignore[arg-type]
+            lines.append(describe(hints[spec.name], prefix=f"{prefix}{spec.name}."))
             continue
         default = "must be given" if spec.default is dataclasses.MISSING else f"default {_show(spec.default)}"
         lines.append(f"  {prefix}{spec.name}: {_type_name(hints[spec.name])} ({default})")
@@ -26,9 +27,15 @@ def _show(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _type_name(hint: object) -> str:
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
-    return name.replace("typing.Literal", "one of ").replace("None", "null")
+def _type_name(hint: Any) -> str:
+    """As it is written in yaml: `one of bf16, fp32`, `float | null`."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(_show, get_args(hint)))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_type_name, get_args(hint)))
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _field_texts(config: type) -> dict[str, str]:

@@ -49,14 +49,16 @@ def prepare(config: PrepareConfig) -> None:
     tokenizer = Tokenizer(config.tokenizer)
     template = load_template(config.chat_template, tokenizer)
     chat = Chat(tokenizer, template)
-    source = Source(config.input, split=config.split)
-    rows = islice(iter(source), config.limit)
+    rows = islice(Source(config.input, split=config.split), config.limit)
     with StoreWriter(config.output_prefix, tokenizer=tokenizer.info, template=template_info(template)) as writer:
         collector = _Collector(config, writer)
-        with Progress(unit="row") as progress, closing(_chunk_results(config, chat, rows)) as results:
+        with (
+            Progress(unit="row", limit=config.limit) as progress,
+            closing(_chunk_results(config, chat, rows)) as results,
+        ):
             for result in results:
                 collector.add(result)
-                progress.advance(result.num_rows, fraction=source.fraction)
+                progress.advance(result.num_rows, fraction=result.fraction)
         manifest = collector.finish()
     print("\n".join(report(config.output_prefix, manifest)))
 
@@ -90,6 +92,8 @@ class PreparedGroup:
 @dataclass(frozen=True, kw_only=True)
 class ChunkResult:
     num_rows: int
+    fraction: float
+    """Share of the input that is read once these rows are."""
     groups: list[PreparedGroup]
     dropped: Counter[str]
 
@@ -107,7 +111,7 @@ def prepare_chunk(config: PrepareConfig, chat: Chat, rows: list[RawRow]) -> Chun
             groups.append(_prepare_group(config, chat, raw, dropped))
         except _GroupDroppedError as reason:
             dropped[f"group_{reason}"] += 1
-    return ChunkResult(num_rows=len(rows), groups=groups, dropped=dropped)
+    return ChunkResult(num_rows=len(rows), fraction=rows[-1].fraction, groups=groups, dropped=dropped)
 
 
 def _prepare_group(config: PrepareConfig, chat: Chat, raw: RawGroup, dropped: Counter[str]) -> PreparedGroup:

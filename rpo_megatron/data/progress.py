@@ -9,7 +9,9 @@ from tqdm import tqdm
 class Progress:
     """Counts up to a total that is estimated from the share of the input that was read."""
 
-    def __init__(self, *, unit: str) -> None:
+    def __init__(self, *, unit: str, limit: int | None = None) -> None:
+        """`limit` is the most that will be counted, if that is known."""
+        self._limit = limit
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             unit=unit,
@@ -30,8 +32,8 @@ class Progress:
 
     def advance(self, count: int, *, fraction: float) -> None:
         """`count` more are done; the input is read up to `fraction`, in 0..1."""
-        if fraction > 0:
-            self._bar.total = round((self._bar.n + count) / fraction)
+        total = (self._bar.n + count) / fraction
+        self._bar.total = round(total if self._limit is None else min(total, self._limit))
         self._bar.update(count)
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,8 @@ class RawRow:
     """`file:line` (or `file:row`), counted from 1."""
     content: bytes | dict[str, Any]
     """A line of JSON, or the columns of a row."""
+    fraction: float
+    """Share of the input that is read once this row is, in 0..1 (by bytes for text files)."""
 
     def decode(self) -> dict[str, Any]:
         """Raises UserError for a line that is not one JSON object."""
@@ -41,12 +43,10 @@ class RawRow:
 
 
 class Source:
-    """The rows of PrepareConfig.input. Iterate once; `fraction` says how far it is."""
+    """The rows of PrepareConfig.input, once."""
 
     def __init__(self, source: str, *, split: str = "train") -> None:
         """Raises UserError when nothing is there or its kind is unknown."""
-        self.fraction = 0.0
-        """Share of the input that was read so far, in 0..1 (by bytes for files)."""
         if source.startswith("hf:"):
             self._rows: Iterator[RawRow] = self._from_datasets(source, split)
         else:
@@ -63,20 +63,18 @@ class Source:
         done = 0
         for file in files:
             size = file.stat().st_size
-            for part, row in _reader_of(file)(file):
-                self.fraction = (done + part * size) / total
-                yield row
+            for row in _reader_of(file)(file):
+                yield replace(row, fraction=(done + row.fraction * size) / total)
             done += size
 
     def _from_datasets(self, source: str, split: str) -> Iterator[RawRow]:
         dataset = _load_dataset(source, split)
-        for i, row in enumerate(dataset):
-            self.fraction = (i + 1) / len(dataset)
-            yield RawRow(where=f"{source}[{split}]:{i + 1}", content=row)
+        for number, row in enumerate(dataset, start=1):
+            yield RawRow(where=f"{source}[{split}]:{number}", content=row, fraction=number / len(dataset))
 
 
-FileReader = Callable[[Path], Iterator[tuple[float, RawRow]]]
-"""Yields how far it is in the file, in 0..1, with each row."""
+FileReader = Callable[[Path], Iterator[RawRow]]
+"""Yields rows whose fraction is that of the one file."""
 
 
 def _files(source: str) -> list[Path]:
@@ -95,7 +93,7 @@ def _reader_of(file: Path) -> FileReader:
     raise UserError(f"input {file}: unknown kind of file (known: {', '.join(READERS)}, or hf:NAME)")
 
 
-def _json_lines(file: Path) -> Iterator[tuple[float, RawRow]]:
+def _json_lines(file: Path) -> Iterator[RawRow]:
     size = file.stat().st_size or 1
     line = 0
     with file.open("rb") as raw:
@@ -103,7 +101,7 @@ def _json_lines(file: Path) -> Iterator[tuple[float, RawRow]]:
         try:
             for line, text in enumerate(opened.lines, start=1):
                 if not text.isspace():
-                    yield min(raw.tell() / size, 1.0), RawRow(where=f"{file}:{line}", content=text)
+                    yield RawRow(where=f"{file}:{line}", content=text, fraction=raw.tell() / size)
         except opened.errors as error:
             what = f"cannot be decompressed any further ({error}); copy the file again"
             raise UserError(f"{file}:{line + 1}: {what}") from None
@@ -129,7 +127,7 @@ def _decompressed(file: Path, raw: BinaryIO) -> _Opened:
     return _Opened(lines=io.BufferedReader(stream), errors=(zstandard.ZstdError,))
 
 
-def _parquet(file: Path) -> Iterator[tuple[float, RawRow]]:
+def _parquet(file: Path) -> Iterator[RawRow]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -141,7 +139,7 @@ def _parquet(file: Path) -> Iterator[tuple[float, RawRow]]:
         for batch in table.iter_batches(batch_size=PARQUET_BATCH):
             for row in batch.to_pylist():
                 number += 1
-                yield number / total, RawRow(where=f"{file}:{number}", content=row)
+                yield RawRow(where=f"{file}:{number}", content=row, fraction=number / total)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {error}") from None
 

@@ -4,8 +4,6 @@
 all of it is on disk, so that whatever carries the final name is complete.
 """
 
-import json
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rpo_megatron.errors import UserError
+from rpo_megatron.fileio import fsync, fsync_tree, write_json
 from rpo_megatron.model.identity import TensorInfo, read_header, weight_files
 from rpo_megatron.model.shape import read_config
 
@@ -117,11 +116,10 @@ class HFWriter:
         if count > 1:
             weight_map = {name: final[i] for name, i in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            _write_json(self.staging / "model.safetensors.index.json", index)
-        for path in (*self.staging.rglob("*"), self.staging):
-            _fsync(path)
+            write_json(self.staging / "model.safetensors.index.json", index)
+        fsync_tree(self.staging)
         self.staging.rename(self.directory)
-        _fsync(self.directory.parent)
+        fsync(self.directory.parent)
 
     def __enter__(self) -> Self:
         return self
@@ -154,20 +152,8 @@ def copy_companions(source_dir: str | Path, target_dir: str | Path, *, dtype: st
     # transformers 4 writes torch_dtype, transformers 5 dtype and reads both.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = dtype
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
     for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

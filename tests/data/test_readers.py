@@ -39,11 +39,10 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     write_zst(tmp_path / "a.jsonl.zst", content)
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     for suffix in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
-        source = Source(str(tmp_path / f"a.{suffix}"))
-        rows = list(source)
+        rows = list(Source(str(tmp_path / f"a.{suffix}")))
         assert [row.decode() for row in rows] == ROWS, suffix
         assert [row.where for row in rows] == [f"{tmp_path}/a.{suffix}:{i}" for i in range(1, 6)]
-        assert source.fraction == pytest.approx(1.0)
+        assert rows[-1].fraction == pytest.approx(1.0)
 
 
 def test_glob_in_name_order_and_blank_lines(tmp_path: Path) -> None:

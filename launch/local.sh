@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# One machine, NPROC processes (as many as GPUs; on a machine without, any number):
+#
+#   launch/local.sh 4 train run.yaml parallel.tensor=2 parallel.pipeline=2
+#
+# Works from any directory. Uses the activated environment, or else the .venv that `make setup` made in this checkout.
+set -euo pipefail
+
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 NPROC VERB [FILE.yaml] [key.path=value ...]" >&2
+  exit 2
+fi
+processes=$1
+shift
+
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -d $checkout/.venv/bin ]]; then
+  PATH=$checkout/.venv/bin:$PATH
+fi
+export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
+
+# The cores are shared out: with torch's default, every process would start a thread for each of them.
+threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron overlaps communication only with 1
+
+exec torchrun --standalone --nproc-per-node "$processes" -m rpo_megatron "$@"

@@ -1,0 +1,102 @@
+"""What the processes of the parallel tests do. The same functions run in one process to give the expected values."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+
+from rpo_megatron.config import RunConfig
+from rpo_megatron.distributed import Groups, gather_objects, start
+from rpo_megatron.model.build import build, wrap
+from rpo_megatron.model.weights import gather_hf
+from rpo_megatron.objectives import objective as objectives
+from rpo_megatron.training.checkpoint import load_weights
+from rpo_megatron.training.evaluate import make_loader
+from rpo_megatron.training.forward import run_logps, run_objective, to_device
+from rpo_megatron.training.metrics import Reducer
+from rpo_megatron.training.optimizer import build_optimizer
+from rpo_megatron.training.reference import build_reference
+from rpo_megatron.training.resolve import resolve
+from tests.tiny import run_config
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+    def overrides(self) -> list[str]:
+        sequence = str(self.sequence).lower()
+        return [f"parallel.tensor={self.tensor}", f"parallel.pipeline={self.pipeline}", f"parallel.sequence={sequence}"]
+
+    def __str__(self) -> str:
+        return f"tp{self.tensor}pp{self.pipeline}{'sp' if self.sequence else ''}"
+
+
+ONE = Layout()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One global batch: what must not depend on the layout."""
+
+    means: dict[str, float]
+    grad_norm: float
+    logps: dict[int, list[float]]
+    """Group id -> summed log-probability of each response."""
+    gradients: dict[str, torch.Tensor]
+    """By Hugging Face name, whole; empty on all ranks but the first."""
+
+
+def outcomes(data: str, cases: list[tuple[Layout, list[str]]]) -> list[Outcome]:
+    """The first global batch under each (layout, overrides)."""
+    return [_outcome(run_config(Path(data), *layout.overrides(), *overrides)) for layout, overrides in cases]
+
+
+def _outcome(config: RunConfig) -> Outcome:
+    groups = start(config.parallel)
+    plan = resolve(config)
+    policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
+    load_weights(policy, plan.source, groups)
+    model = wrap(policy)
+    optimizer = build_optimizer(config.optimizer, model, config.precision)
+    _reduce_whole_gradients(policy)
+    rows = make_loader(plan, plan.train_store, groups).step(0)
+    batches = build_reference(plan, groups)([to_device(row, groups.device) for row in rows])
+    logps = _by_group(rows, run_logps(model, batches), groups)
+    model.zero_grad_buffer()
+    stats = run_objective(model, batches, objectives.build(config.objective), train=True)
+    means = Reducer(groups)(stats).means
+    gradients = _gradients(policy, groups)
+    _, grad_norm, _ = optimizer.step()
+    return Outcome(means=means, grad_norm=float(grad_norm), logps=logps, gradients=gradients)
+
+
+def _reduce_whole_gradients(policy: Any) -> None:
+    """Have every rank hold whole gradients (all-reduce), where a run keeps only its shard (reduce-scatter)."""
+    policy.config.finalize_model_grads_func = lambda chunks, count, **options: finalize_model_grads(
+        chunks, count, **{**options, "force_all_reduce": True}
+    )
+
+
+def _by_group(rows: list[Any], logps: list[torch.Tensor], groups: Groups) -> dict[int, list[float]]:
+    mine = {}
+    for row, logp_GK in zip(rows, logps, strict=True) if groups.speaks_for_data else ():
+        for g, group_id in enumerate(row.group_ids_G):
+            if group_id >= 0:
+                mine[int(group_id)] = logp_GK[g][torch.from_numpy(row.valid_GK[g])].tolist()
+    return {group: values for part in gather_objects(mine) for group, values in part.items()}
+
+
+def _gradients(policy: Any, groups: Groups) -> dict[str, torch.Tensor]:
+    """Put each gradient in its weight's place and export as if they were weights, then put the weights back."""
+    weights = [parameter.detach().clone() for parameter in policy.parameters()]
+    for parameter in policy.parameters():
+        parameter.data.copy_(parameter.main_grad)
+    gathered = {name: tensor.clone() for name, tensor in gather_hf(policy, groups) if tensor.numel()}
+    for parameter, weight in zip(policy.parameters(), weights, strict=True):
+        parameter.data.copy_(weight)
+    return gathered

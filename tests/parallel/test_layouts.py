@@ -1,0 +1,84 @@
+"""One process == N processes: log-probs, losses, statistics, gradient norm and every gradient, in fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rpo_megatron.distributed import stop
+from tests import tiny
+from tests.parallel import jobs, launch
+from tests.parallel.jobs import ONE, Layout, Outcome
+
+TP, SP, PP = Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)
+BOTH, BOTH_SP = Layout(tensor=2, pipeline=2), Layout(tensor=2, pipeline=2, sequence=True)
+LAYOUTS = [ONE, TP, SP, PP, Layout(pipeline=4), BOTH, BOTH_SP]
+"""On four processes; what the model does not use is data parallelism: ONE is 4 replicas, TP is 2 x 2, ..."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "qwen2": tiny.QWEN2,
+    "qwen3": tiny.QWEN3,
+}
+REFERENCE = "reference.path={directory}/reference"
+
+
+def assert_same(outcome: Outcome, expected: Outcome, *, case: str, tolerance: float = 1e-5) -> None:
+    for name, value in expected.means.items():
+        assert outcome.means[name] == pytest.approx(value, rel=tolerance, abs=tolerance), f"{case}: {name}"
+    assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=tolerance), f"{case}: gradient norm"
+    assert outcome.logps.keys() == expected.logps.keys(), case
+    for group, values in expected.logps.items():
+        assert outcome.logps[group] == pytest.approx(values, rel=tolerance), f"{case}: log-probs of group {group}"
+    assert outcome.gradients.keys() == expected.gradients.keys(), case
+    for name, gradient in expected.gradients.items():
+        error = (outcome.gradients[name] - gradient).norm() / gradient.norm()
+        assert error < tolerance, f"{case}: gradient of {name} is off by {error:.1e}"
+
+
+def directory_with(tmp_path: Path, name: str) -> Path:
+    """A policy and a reference with other weights, so that log-ratios, losses and gradients are not degenerate."""
+    directory = tmp_path / name
+    tiny.write_model(directory / "model", **MODELS[name])
+    tiny.write_model(directory / "reference", seed=1, **MODELS[name])
+    tiny.write_store(directory / "train", num_groups=12)
+    return directory
+
+
+def expected_outcome(directory: Path, *overrides: str) -> Outcome:
+    outcome = jobs.outcomes(str(directory), [(ONE, list(overrides))])[0]
+    stop()
+    return outcome
+
+
+def on_four(tmp_path: Path, directory: Path, cases: list[tuple[Layout, list[str]]]) -> list[Outcome]:
+    job = "tests.parallel.jobs:outcomes"
+    return launch.run(job, processes=4, directory=tmp_path / "out", data=str(directory), cases=cases)[0]
+
+
+@pytest.mark.parallel
+def test_every_layout_equals_one_process(tmp_path: Path) -> None:
+    """Catches a missing or doubled collective anywhere, a gradient divided by the wrong count, a dropped or doubled
+    group, an attention that sees its neighbours in the row: each shows in a log-prob or a gradient."""
+    directory = directory_with(tmp_path, "llama")
+    reference = REFERENCE.format(directory=directory)
+    expected = expected_outcome(directory, reference)
+    assert expected.means["loss"] > 0.1
+    cases = [(layout, [reference, f"data.packing={packing}"]) for layout in LAYOUTS for packing in ("true", "false")]
+    for (layout, overrides), outcome in zip(cases, on_four(tmp_path, directory, cases), strict=True):
+        assert_same(outcome, expected, case=f"{layout} {overrides[-1]}")
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", ["tied", "qwen2", "qwen3"])
+def test_families_under_the_hardest_layouts(tmp_path: Path, name: str) -> None:
+    """Catches what plain Llama cannot show: tied embeddings whose two copies drift apart over pipeline stages, biases
+    and head norms whose gradients are not summed over the tensor ranks."""
+    directory = directory_with(tmp_path, name)
+    reference = REFERENCE.format(directory=directory)
+    expected = expected_outcome(directory, reference)
+    cases = [(layout, [reference]) for layout in (TP, BOTH_SP, PP)]
+    for (layout, _), outcome in zip(cases, on_four(tmp_path, directory, cases), strict=True):
+        assert_same(outcome, expected, case=f"{name} {layout}")
