@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["rpo_megatron", "rpo_megatron.*"]),
-    entry_points={"console_scripts": ["rpo = rpo_megatron.cli:main"]},
+    entry_points={"console_scripts": ["rpo = rpo_megatron.cli:entry"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the newest for Python 3.11; 0.19 announces GPTModel's deprecation

@@ -1,8 +1,6 @@
 """`python -m rpo_megatron VERB ...` is `rpo VERB ...`; torchrun needs it in this form."""
 
-import sys
-
-from rpo_megatron.cli import main
+from rpo_megatron.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

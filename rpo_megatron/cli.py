@@ -7,11 +7,13 @@ Exit codes: 0 done, 2 bad input (one message, from the first process that found 
 """
 
 import importlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from rpo_megatron import __version__, config, knobs
 from rpo_megatron.errors import UserError, nearest
@@ -89,6 +91,17 @@ VERBS: dict[str, Verb] = {
 }
 
 
+def entry() -> NoReturn:
+    """`main` as a process. A failed one leaves at once: the threads of a process group that nobody closed would abort
+    it on the way out, and hide its exit code."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -102,12 +115,17 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return _run(verb_name, argv[1:])
     except UserError as error:
-        return _report(f"rpo {verb_name}: error: {error}", error)
+        return _report(f"rpo {verb_name}: error: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `rpo inspect x | head` is not an error
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        if _speaks():
+            raise
+        print(f"rank {os.environ.get('RANK')}: stopped, because another process failed", file=sys.stderr, flush=True)
+        return 1
 
 
 def _run(verb_name: str, words: list[str]) -> int:
@@ -152,16 +170,26 @@ def _resolve(path: str) -> Callable[[Any], None]:
     return getattr(importlib.import_module(module), name)
 
 
-def _report(message: str, error: UserError) -> int:
+def _report(message: str) -> int:
     """Print a message once, though every process of the job may have met the same error."""
-    distributed = sys.modules.get("rpo_megatron.distributed")
-    if distributed is None:
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    else:
-        speaks = distributed.first_to_fail()
-    if speaks:
+    if _speaks():
         print(message, file=sys.stderr, flush=True)
+        _tell_torchrun(message)
     return 2
+
+
+def _speaks() -> bool:
+    """True on the first process of the job to fail: the others fail for the same reason, or because of it."""
+    distributed = sys.modules.get("rpo_megatron.distributed")
+    return os.environ.get("LOCAL_RANK", "0") == "0" if distributed is None else distributed.first_to_fail()
+
+
+def _tell_torchrun(message: str) -> None:
+    """torchrun ends its own report of a failure with the text in this file: let it be ours."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": message, "timestamp": str(int(time.time()))}, file)
 
 
 def _usage() -> str:

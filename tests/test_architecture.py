@@ -68,6 +68,7 @@ ONLY_IN = {
 """Words that may stand in one file only: megatron's global groups and its schedule."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of the whole package."""
     names = {}
@@ -96,7 +97,7 @@ def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{path}:{node.lineno}: relative import"
+            assert node.module, f"{path}:{node.lineno}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 ours = node.module.startswith("rpo_megatron")

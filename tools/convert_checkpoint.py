@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     words = flags_to_overrides(argv, aliases=ALIASES)
-    ends = [next((word[7:] for word in words if word.startswith(end)), "") for end in ("loader=", "saver=")]
-    verb = VERBS.get((ends[0], ends[1]))
+    ends = dict(word.split("=", 1) for word in words if word.startswith(("loader=", "saver=")))
+    verb = VERBS.get((ends.get("loader", ""), ends.get("saver", "")))
     if verb is None:
         print("error: give --loader hf --saver mcore, or --loader mcore --saver hf", file=sys.stderr)
         return 2

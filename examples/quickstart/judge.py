@@ -1,17 +1,21 @@
 """The judge of the quickstart: an exact reward in [0, 1] for an answer to a child's question about an animal.
 
-    prompt    Mia asks: Where does the frog live?
-    1.0       Mia, the frog lives in a pond.                         right, polite, brief
-    0.8       The frog lives in a pond.                              right, brief
-    0.6       The frog lives in a pond. Animals are a big topic.     right
-    0.2       Sorry, Mia, I do not know that.                        honest
-    0.0       Mia, the frog lives in a barn.                         wrong, or no answer at all
+prompt    Mia asks: Where does the frog live?
+1.0       Mia, the frog lives in a pond.                         right, polite, brief
+0.8       The frog lives in a pond.                              right, brief
+0.6       The frog lives in a pond. Animals are a big topic.     right
+0.2       Sorry, Mia, I do not know that.                        honest
+0.0       Mia, the frog lives in a barn.                         wrong, or no answer at all
 """
 
 import re
 from dataclasses import dataclass
 
-NAMES = tuple("Ada Ben Cleo Dan Emma Finn Gina Hugo Ida Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tina Uma".split())
+CHILDREN = """
+    Ada Amy Anna Ben Bill Cleo Dan Dora Emma Eric Eva Finn Fred Gina Greg Hana Hugo Ida Ivan Jack
+    Jane Jon Kim Lara Leo Lucy Max Mia Nina Noah Olga Oscar Paul Rosa Ruth Sam Sara Tina Tom Uma
+"""
+NAMES = tuple(CHILDREN.split())
 
 TOPICS: dict[str, tuple[str, str]] = {
     "color": ("What color is the {animal}?", "the {animal} is {fact}."),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from judge import FACTS, IGNORANCE, NAMES, Question, all_facts, all_questions, reward
+from judge import IGNORANCE, Question, all_facts, all_questions, reward
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,

@@ -17,7 +17,7 @@ from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.logprobs import token_logprobs
 from rpo_megatron.model.rotary import Rotary
 from rpo_megatron.model.row import Row
-from rpo_megatron.model.shape import ModelShape, padded_vocab
+from rpo_megatron.model.shape import ModelShape, padded_vocab, stage_layers
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,11 +76,6 @@ def build(shape: ModelShape, *, precision: Precision, sequence_parallel: bool, g
     return model
 
 
-def freeze(model: ScoringModel) -> ScoringModel:
-    """A reference: no gradients, hence no buffers for them."""
-    return model.requires_grad_(False).eval()
-
-
 def wrap(model: ScoringModel) -> DistributedDataParallel:
     """Megatron's data parallelism with gradients reduced in fp32 and sharded for the distributed optimizer."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -93,6 +88,7 @@ def transformer_config(
     dtype = DTYPES[precision]
     return TransformerConfig(
         **_architecture(shape),
+        **_uneven_stages(stage_layers(shape, groups.pp.size)),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
@@ -116,6 +112,12 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _uneven_stages(stages: tuple[int, ...]) -> dict[str, int]:
+    if len(set(stages)) == 1:
+        return {}
+    return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
 
 
 def _architecture(shape: ModelShape) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Layers are numbered over the whole model, whatever the pipeline stage. Weights a
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -152,8 +152,14 @@ def _blocks(entry: Entry, shape: ModelShape, tp_size: int) -> int:
 # ------------------------------------------------------------------------------------------------ loading
 
 
+class TensorSource(Protocol):
+    """An HFReader, or whatever else gives a tensor for a Hugging Face name."""
+
+    def read(self, name: str) -> Any: ...
+
+
 def load_shards(
-    params: Mapping[str, torch.Tensor], *, reader: HFReader, shape: ModelShape, tp_rank: int, tp_size: int
+    params: Mapping[str, torch.Tensor], *, reader: TensorSource, shape: ModelShape, tp_rank: int, tp_size: int
 ) -> None:
     """Fill `params` ({megatron name with the global layer number: this rank's tensor}) in place, one at a time, cast
     to their dtypes. `output_layer.weight` of a tied model, on the last pipeline stage, gets the embedding."""

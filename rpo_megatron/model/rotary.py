@@ -30,7 +30,11 @@ def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Ten
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # within the original context
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions
+    assert low is not None
+    assert high is not None
+    assert original is not None
+    turns = original * frequencies / (2 * math.pi)  # within the original context
+    keep = (turns - low) / (high - low)
     keep = keep.clamp(0.0, 1.0)
     return frequencies * (keep + (1.0 - keep) / scaling.factor)

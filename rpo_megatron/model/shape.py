@@ -201,7 +201,23 @@ def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
         "rows of the padded vocabulary": padded_vocab(shape),
     }
     _check_divides("parallel.tensor", tensor, split)
-    _check_divides("parallel.pipeline", pipeline, {"layers": shape.num_layers})
+    if not 1 <= pipeline <= shape.num_layers:
+        raise UserError(f"parallel.pipeline={pipeline} must be from 1 to the model's {shape.num_layers} layers")
+
+
+def stage_layers(shape: ModelShape, pipeline: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage. When they cannot be equal, all stages between the first and the last are (which is
+    what megatron offers), the slowest stage is as small as possible, and the last, which also has the output layer, is
+    the smallest."""
+
+    def split(middle: int) -> tuple[int, ...]:
+        ends = shape.num_layers - (pipeline - 2) * middle
+        return (ends - ends // 2, *[middle] * (pipeline - 2), ends // 2)
+
+    if pipeline == 1:
+        return (shape.num_layers,)
+    candidates = [split(middle) for middle in range(1, shape.num_layers + 1)]
+    return min((stages for stages in candidates if min(stages) > 0), key=lambda stages: (max(stages), stages[-1]))
 
 
 def _check_divides(key: str, size: int, counts: Mapping[str, int]) -> None:

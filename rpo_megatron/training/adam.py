@@ -32,7 +32,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = group.get("step", 0) + 1

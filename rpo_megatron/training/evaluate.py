@@ -50,7 +50,7 @@ def build_evaluation(plan: Plan, groups: Groups, *, objective: Objective, fill_r
     if store is None:
         raise UserError("data.valid: give the PREFIX of a held-out store to evaluate on")
     return Evaluation(
-        loader=make_loader(plan, store, groups),
+        loader=make_loader(plan, plan.with_reference(store), groups),
         num_groups=min(len(store), plan.config.evaluation.groups or len(store)),
         objective=objective,
         fill_reference=fill_reference,

@@ -44,7 +44,8 @@ def _layout(plan: Plan, groups: Groups) -> str:
     sequence = ", sequence parallel" if plan.config.parallel.sequence else ""
     device = "CPU (gloo)" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name(groups.device)} (nccl)"
     return (
-        f"{groups.world} processes = tensor {groups.tp.size} x pipeline {groups.pp.size} x data {groups.dp.size}"
+        f"{groups.world} processes = tensor {groups.tp.size} x pipeline {groups.pp.size} ({resolve.describe_stages(plan)}) x "
+        f"data {groups.dp.size}"
         f"{sequence}; {device}"
     )
 

@@ -22,9 +22,9 @@ COLUMNS = (  # name, label, format
     ("accuracy", "acc", ".3f"),
     ("margin", "margin", "+.4f"),
     ("reward_best", "reward best", "+.4f"),
-    ("reward_rest", "rest", "+.4f"),
+    ("reward_rest", "reward rest", "+.4f"),
     ("logp_best", "logp best", ".1f"),
-    ("logp_rest", "rest", ".1f"),
+    ("logp_rest", "logp rest", ".1f"),
     ("kl", "kl", "+.4f"),
     ("grad_norm", "grad", ".3g"),
     ("lr", "lr", ".2e"),
@@ -73,6 +73,11 @@ class Reducer:
 class Metrics:
     """Collects steps on the device until a line is due, then reduces, prints and writes them."""
 
+    _stats: Stats
+    _tokens: int
+    _steps: int
+    _since: float
+
     def __init__(self, config: LoggingConfig, *, run_dir: str, num_steps: int, groups: Groups) -> None:
         self._every = config.every
         self._num_steps = num_steps
@@ -120,7 +125,7 @@ class Metrics:
             self._outputs.tensorboard.close()
 
     def _start_line(self) -> None:
-        self._stats: Stats = {}
+        self._stats = {}
         self._tokens = 0
         self._steps = 0
         self._since = time.perf_counter()

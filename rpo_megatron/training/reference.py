@@ -7,7 +7,7 @@ resident one is a second model that runs one forward-only pass over the step's b
 from collections.abc import Callable
 
 from rpo_megatron.distributed import Groups
-from rpo_megatron.model.build import ScoringModel, build, freeze
+from rpo_megatron.model.build import ScoringModel, build
 from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.forward import Batch, run_logps, with_reference
 from rpo_megatron.training.resolve import Plan
@@ -29,7 +29,11 @@ def build_reference(plan: Plan, groups: Groups) -> Fill:
 
 
 def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
-    """The reference's weights in a model without gradients, optimizer state or data-parallel buffers."""
+    """The reference's weights in a model without gradient buffers, optimizer state or data parallelism.
+
+    It only ever runs under no_grad. Its parameters keep requires_grad all the same: torch.matmul folds its inputs by
+    that flag, and another order of additions would give the reference other numbers than an equal policy.
+    """
     config = plan.config
     model = build(
         plan.reference_shape,
@@ -38,7 +42,7 @@ def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
         groups=groups,
     )
     load_weights(model, plan.reference_source, groups)
-    return freeze(model)
+    return model
 
 
 def _nothing(batches: list[Batch]) -> list[Batch]:

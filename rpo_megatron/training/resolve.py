@@ -16,7 +16,7 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.tokenizer import same_tokenizer, tokenizer_fingerprints
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import ModelShape, check_layout, num_parameters, padded_vocab, read_shape
+from rpo_megatron.model.shape import ModelShape, check_layout, num_parameters, padded_vocab, read_shape, stage_layers
 from rpo_megatron.model.source import Source, find
 from rpo_megatron.objectives import methods
 
@@ -26,8 +26,6 @@ class Plan:
     """A config with its files opened. Each property is computed once and raises UserError when it cannot be."""
 
     config: RunConfig
-    scoring: bool = False
-    """True for `rpo score`, which makes the stored reference and so must not ask for it."""
 
     @cached_property
     def source(self) -> Source:
@@ -70,6 +68,10 @@ class Plan:
         prefix = self.config.data.valid
         return None if prefix is None else self._open(prefix)
 
+    @property
+    def stores(self) -> list[Store]:
+        return [store for store in (self.train_store, self.valid_store) if store is not None]
+
     @cached_property
     def num_steps(self) -> int:
         train = self.config.train
@@ -95,8 +97,11 @@ class Plan:
     def _open(self, prefix: str) -> Store:
         store = Store.open(prefix)
         self._check_store(store)
-        wants_stored = self.reference == "stored" and not self.scoring
-        return store.with_reference(self.reference_identity(store)) if wants_stored else store
+        return store
+
+    def with_reference(self, store: Store) -> Store:
+        """The store as the objective reads it: with its stored reference, if the config says `stored`."""
+        return store.with_reference(self.reference_identity(store)) if self.reference == "stored" else store
 
     def _check_store(self, store: Store) -> None:
         manifest, path = store.manifest, self.source.path
@@ -123,13 +128,13 @@ class Plan:
             )
 
 
-def resolve(config: RunConfig, *, scoring: bool = False) -> Plan:
+def resolve(config: RunConfig) -> Plan:
     """Check a config against itself and against the files it names.
 
     Raises UserError with the key, the file and what to do.
     """
     check_config(config)
-    plan = Plan(config=config, scoring=scoring)
+    plan = Plan(config=config)
     check_layout(plan.shape, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     _ = plan.train_store, plan.valid_store
     if plan.reference != "none":
@@ -187,7 +192,15 @@ def describe_layout(plan: Plan) -> str:
     parallel = plan.config.parallel
     sequence = " with sequence parallelism" if parallel.sequence else ""
     model_ranks = parallel.tensor * parallel.pipeline
-    return f"tensor {parallel.tensor} x pipeline {parallel.pipeline}{sequence}: data = processes / {model_ranks}"
+    return (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} ({describe_stages(plan)}){sequence}; "
+        f"data = processes / {model_ranks}"
+    )
+
+
+def describe_stages(plan: Plan) -> str:
+    stages = stage_layers(plan.shape, plan.config.parallel.pipeline)
+    return "+".join(map(str, stages)) + " layers"
 
 
 def describe_store(store: Store) -> str:
@@ -206,7 +219,10 @@ def describe_store(store: Store) -> str:
 def describe_reference(plan: Plan) -> str:
     if plan.reference == "none":
         return f"none: {plan.config.objective.method} reads no reference"
-    return f"{plan.reference}, {plan.reference_source.path}, weights {plan.reference_fingerprint[:12]}"
+    text = f"{plan.reference}, {plan.reference_source.path}, weights {plan.reference_fingerprint[:12]}"
+    for store in plan.stores:
+        plan.with_reference(store)
+    return text
 
 
 def describe_steps(plan: Plan) -> str:

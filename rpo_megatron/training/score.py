@@ -26,13 +26,12 @@ GROUPS_AT_A_TIME = 256
 def score(config: RunConfig) -> None:
     """Score data.train and data.valid with the reference's weights."""
     groups = start(config.parallel)
-    plan = resolve(config, scoring=True)
+    plan = resolve(config)
     if plan.reference == "none":
         raise UserError(f"objective.method={config.objective.method} reads no reference: there is nothing to score")
     model = load_reference(plan, groups)
-    for store in (plan.train_store, plan.valid_store):
-        if store is not None:
-            _score_store(plan, store, model, groups)
+    for store in plan.stores:
+        _score_store(plan, store, model, groups)
     stop()
 
 

@@ -101,7 +101,7 @@ def build_run(plan: Plan, groups: Groups) -> Run:
         plan=plan,
         groups=groups,
         objective=objective,
-        loader=make_loader(plan, plan.train_store, groups),
+        loader=make_loader(plan, plan.with_reference(plan.train_store), groups),
         reference=reference,
         model=model,
         optimizer=optimizer,

@@ -100,3 +100,34 @@ def _gradients(policy: Any, groups: Groups) -> dict[str, torch.Tensor]:
     for parameter, weight in zip(policy.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
     return gathered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Log-probs of a block of groups, without gradients."""
+
+    logps: dict[int, list[float]]
+    largest_log_ratio: float
+    """Over all responses, in nats: |policy - reference| as the objective sees them."""
+
+
+def score_blocks(cases: list[tuple[RunConfig, int]]) -> list[Scored]:
+    """The first `n` groups of the training store under each (config, n)."""
+    return [_score_block(config, count) for config, count in cases]
+
+
+def _score_block(config: RunConfig, count: int) -> Scored:
+    groups = start(config.parallel)
+    plan = resolve(config)
+    policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
+    load_weights(policy, plan.source, groups)
+    rows = make_loader(plan, plan.with_reference(plan.train_store), groups).sequential(0, count)
+    batches = build_reference(plan, groups)([to_device(row, groups.device) for row in rows])
+    logps = run_logps(policy, batches)
+    largest = [
+        float((logp_GK.float() - batch.ref_logp_GK)[batch.valid_GK].abs().max())
+        for batch, logp_GK in zip(batches, logps, strict=False)
+        if batch.valid_GK.any() and groups.speaks_for_data
+    ]
+    log_ratio = max(max(part, default=0.0) for part in gather_objects(largest))
+    return Scored(logps=_by_group(rows, logps, groups), largest_log_ratio=log_ratio)

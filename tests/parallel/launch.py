@@ -71,7 +71,7 @@ def _wait(workers: list["subprocess.Popen[bytes]"], directory: Path, timeout: fl
 
 
 def _main(function: str, directory: str) -> None:
-    from rpo_megatron import cpu
+    from rpo_megatron import cpu, distributed
 
     cpu.enable()
     torch.set_num_threads(1)
@@ -79,6 +79,7 @@ def _main(function: str, directory: str) -> None:
     arguments = torch.load(Path(directory) / "arguments.pt", weights_only=False)
     result = getattr(importlib.import_module(module), name)(**arguments)
     torch.save(result, Path(directory) / f"rank{os.environ['RANK']}.pt")
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One process == N processes: log-probs, losses, statistics, gradient norm and every gradient, in fp32."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,16 @@ def test_families_under_the_hardest_layouts(tmp_path: Path, name: str) -> None:
     cases = [(layout, [reference]) for layout in (TP, BOTH_SP, PP)]
     for (layout, _), outcome in zip(cases, on_four(tmp_path, directory, cases), strict=True):
         assert_same(outcome, expected, case=f"{name} {layout}")
+
+
+@pytest.mark.parallel
+def test_known_constants_while_policy_is_reference(tmp_path: Path) -> None:
+    """Catches a reference that takes another path through the kernels than the policy: log-ratios that are rounding
+    noise instead of zero order the responses at random."""
+    directory = directory_with(tmp_path, "llama")
+    dpo = ["objective.method=dpo", "objective.eta=null"]
+    cases = [(layout, dpo) for layout in (ONE, TP, BOTH_SP)]
+    for (layout, _), outcome in zip(cases, on_four(tmp_path, directory, cases), strict=True):
+        assert outcome.means["loss"] == pytest.approx(math.log(2), abs=1e-12), layout
+        assert outcome.means["accuracy"] == 0.5, layout
+        assert outcome.means["kl"] == outcome.means["margin"] == 0.0, layout

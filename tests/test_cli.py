@@ -1,0 +1,183 @@
+"""The command line: words to a verb and its config, errors to an exit code; and the doors in tools/."""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rpo_megatron import __version__, cli, config
+from rpo_megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects the configs that verbs would run with, instead of running them."""
+    configs: list[Any] = []
+    monkeypatch.setattr(cli, "_resolve", lambda path: configs.append)
+    return configs
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether another process of a job has spoken already is not the matter here."""
+    monkeypatch.setattr("rpo_megatron.distributed.first_to_fail", lambda: True)
+
+
+@pytest.mark.parametrize("words", [[], ["help"], ["-h"], ["--help"]])
+def test_help_lists_every_verb(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A verb that the help does not name is not found."""
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown and verb.summary in shown for name, verb in cli.VERBS.items())
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_verbs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that points at a function that was renamed or moved fails only when somebody uses it."""
+    verb = cli.VERBS[name]
+    knobs = {spec.name for spec in dataclasses.fields(verb.config)}
+    module, function = verb.run.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert verb.positional is None or verb.positional in knobs
+    assert cli.main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: rpo {name}" in shown
+    assert all(f"  {knob}" in shown for knob in knobs)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug reports start with it."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_file_and_overrides(tmp_path: Path, ran: list[Any]) -> None:
+    """The command line wins over the file, wherever the file stands among the words."""
+    file = tmp_path / "c.yaml"
+    file.write_text("load: a\nsave: b\ntensor: 2\n")
+    assert cli.main(["export", "tensor=4", str(file), "pipeline=2"]) == 0
+    assert ran == [config.ExportConfig(load="a", save="b", tensor=4, pipeline=2)]
+
+
+def test_a_bare_word_is_the_main_argument(ran: list[Any]) -> None:
+    """`rpo inspect data/train` must not need `prefix=`."""
+    assert cli.main(["inspect", "data/train", "examples=1"]) == 0
+    assert ran == [config.InspectConfig(prefix="data/train", examples=1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], r"rpo trian: error: there is no verb 'trian'; did you mean 'train'\? \(verbs: prepare, "),
+        (["--train"], "there is no verb '--train'; did you mean 'train'"),
+        (["train", "a.yaml", "b.yml"], r"two config files: 'a\.yaml' and 'b\.yml'"),
+        (["train", "--lr=1"], r"cannot read '--lr=1': expected FILE\.yaml or key\.path=value"),
+        (["train", "run"], "cannot read 'run'"),
+        (["inspect", "--prefix"], "cannot read '--prefix'"),
+        (["train", "nowhere.yaml"], r"config file 'nowhere\.yaml' does not exist"),
+        (["export", "a"], "'save' must be given"),
+        (["export", "a", "save=b", "tensr=2"], "unknown key 'tensr'; did you mean 'tensor'"),
+        (["methods", "dpoo"], "did you mean 'dpo'"),
+    ],
+)
+def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, one message on stderr that says what to do, no traceback."""
+    assert cli.main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(shown.err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError of ours is not the user's fault and must not be dressed as such."""
+
+    def bug(_: Any) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(cli, "_resolve", lambda path: bug)
+    with pytest.raises(ValueError, match="ours"):
+        cli.main(["inspect", "x"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("yours"), 2)])
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    """Schedulers and shell scripts decide by them."""
+
+    def fail(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_resolve", lambda path: fail)
+    assert cli.main(["inspect", "x"]) == code
+
+
+def test_as_a_program() -> None:
+    """`python -m rpo_megatron` must hand main's exit code on: torchrun and CI see nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rpo_megatron", "trian"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean 'train'" in done.stderr
+
+
+def test_the_installed_command() -> None:
+    """The console script of setup.py names a function as text."""
+    assert '"rpo = rpo_megatron.cli:entry"' in (ROOT / "setup.py").read_text()
+    assert callable(cli.entry)
+
+
+def door(name: str) -> ModuleType:
+    """A script of tools/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "--loader hf --saver mcore --load-dir a --save-dir b --target-tensor-parallel-size 2",
+            config.ImportConfig(load="a", save="b", tensor=2),
+        ),
+        (
+            "--loader=mcore --saver=hf --load-dir=a --save-dir=b --max-shard-gb 0.5 --target-pipeline-parallel-size 3",
+            config.ExportConfig(load="a", save="b", max_shard_gb=0.5, pipeline=3),
+        ),
+    ],
+)
+def test_convert_checkpoint(flags: str, expected: Any, ran: list[Any]) -> None:
+    """Megatron's flags must end in the right direction and in the knobs that they mean."""
+    assert door("convert_checkpoint").main(flags.split()) == 0
+    assert ran == [expected]
+
+
+@pytest.mark.parametrize("flags", ["--loader hf --saver hf", "--loader mcore", "", "--saver hf --loader llama_mistral"])
+def test_convert_checkpoint_refuses(flags: str, ran: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """No direction may be guessed."""
+    assert door("convert_checkpoint").main(flags.split()) == 2
+    assert "--loader hf --saver mcore" in capsys.readouterr().err
+    assert ran == []
+
+
+@pytest.mark.parametrize("name", ["convert_checkpoint", "preprocess_data"])
+def test_doors_explain_themselves(name: str) -> None:
+    """Run as a script from any directory, as people do with Megatron's tools."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 100

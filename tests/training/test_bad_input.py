@@ -1,0 +1,190 @@
+"""What a user gets wrong about a run: one clear message with what to do, exit code 2, before any training."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rpo_megatron import cli
+from rpo_megatron.config import dump
+from rpo_megatron.distributed import stop
+from tests import tiny
+
+Rpo = Callable[..., str]
+
+
+@pytest.fixture
+def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Rpo]:
+    """`fails("train", "a.b=c")` runs a verb on a tiny run in tmp_path, wants exit code 2, and gives the message."""
+    (tmp_path / "run.yaml").write_text(dump(tiny.run_config(tmp_path)))
+
+    def run(verb: str, *overrides: str) -> str:
+        code = cli.main([verb, str(tmp_path / "run.yaml"), *overrides])
+        stop()
+        message = capsys.readouterr().err
+        assert code == 2, message
+        assert message.startswith(f"rpo {verb}: error: "), message
+        assert message.count("\n") == 1, "one message"
+        return message
+
+    yield run
+    stop()
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run of two steps; its run directory."""
+    (tmp_path / "run.yaml").write_text(dump(tiny.run_config(tmp_path, "train.steps=2", "train.stop_at=1")))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.tensor=2", ["parallel.tensor=2", "multiple of 2 processes, got 1", "torchrun"]),
+        ("model.path=nowhere", ["model.path", "'nowhere'", "not a directory"]),
+        ("data.train=nowhere", ["'nowhere'", "rpo prepare"]),
+        ("objective.method=rpo_bkw", ["rpo_bkw", "did you mean 'rpo_bwd'"]),
+        ("objective.label_smoothing=0.1", ["objective.label_smoothing", "rpo_bwd", "does not use it"]),
+        ("objective.beta=-1", ["objective.beta", "-1"]),
+        ("train.epochs=1", ["train.steps", "train.epochs", "one of"]),
+        ("train.groups_per_step=0", ["train.groups_per_step", "positive"]),
+        ("optimizer.min_lr=1e-4", ["optimizer.min_lr", "not used", "cosine"]),
+        ("optimizer.lr=.inf", ["optimizer.lr", "inf"]),
+        ("evaluation.every=1", ["evaluation.every", "data.valid"]),
+        ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor > 1"]),
+        ("reference.mode=stored", ["ref_logp", "rpo score"]),
+    ],
+)
+def test_configs_that_cannot_run(fails: Rpo, override: str, words: list[str]) -> None:
+    """Catches a silent fallback: every one of these would otherwise train something else than was asked for."""
+    message = fails("train", override)
+    for word in words:
+        assert word in message
+
+
+def test_unused_reference_knobs(fails: Rpo) -> None:
+    """Catches a reference that a method without one would load, or ignore, without a word."""
+    sft = ["objective.method=sft", "objective.beta=null", "objective.eta=null"]
+    assert "reference.path is not used" in fails("train", *sft, "reference.path=x")
+    assert "reference.mode is not used" in fails("train", *sft, "reference.mode=stored")
+    assert "nothing to score" in fails("score", *sft)
+
+
+def test_layout_that_the_model_cannot_take(tmp_path: Path, fails: Rpo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a layout that would fail deep inside megatron: 2 kv heads over 4 ranks, 5 stages of 4 layers."""
+    monkeypatch.setattr("rpo_megatron.training.train.start", lambda parallel: None)
+    assert "2 kv heads" in fails("train", "parallel.tensor=4")
+    assert "4 layers" in fails("train", "parallel.pipeline=5")
+
+
+def test_store_without_rewards(tmp_path: Path, fails: Rpo) -> None:
+    """Catches rewards that default to zero, which would train every response towards the reference."""
+    prefix = tiny.write_store(tmp_path / "bare", num_groups=4, rewards=False)
+    message = fails("train", f"data.train={prefix}")
+    assert "no rewards" in message
+    assert "rpo_bwd" in message
+
+
+def test_store_of_another_tokenizer(tmp_path: Path, fails: Rpo) -> None:
+    """Catches token ids of one vocabulary fed to a model of another."""
+    (tmp_path / "model" / "tokenizer.model").write_bytes(b"this one")
+    manifest = json.loads((tmp_path / "train.json").read_text())
+    manifest["tokenizer"]["fingerprints"] = {"tokenizer.model": "0" * 64}
+    (tmp_path / "train.json").write_text(json.dumps(manifest))
+    assert "another tokenizer" in fails("train")
+    manifest["tokenizer"] |= {"fingerprints": {}, "vocab_size": 1000}
+    (tmp_path / "train.json").write_text(json.dumps(manifest))
+    message = fails("train")
+    assert "vocabulary of 1000" in message
+    assert "131" in message
+
+
+def test_responses_longer_than_the_model_reads(tmp_path: Path, fails: Rpo) -> None:
+    """Catches positions past the trained context, which a rotary model computes without complaint."""
+    tiny.write_model(tmp_path / "short", max_position_embeddings=16)
+    message = fails("train", f"model.path={tmp_path / 'short'}")
+    assert "at most 16" in message
+    assert "max_length=16" in message
+
+
+@pytest.mark.parametrize("file", ["train.bin", "train.idx", "train.reward.bin"])
+def test_truncated_store(tmp_path: Path, fails: Rpo, file: str) -> None:
+    """Catches a half-copied store, which megatron's own reader notices late or never."""
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[:-3])
+    assert file in fails("train")
+
+
+def test_reference_of_another_model(tmp_path: Path, fails: Rpo) -> None:
+    """Catches stored log-probs that belong to other weights: the loss would be wrong from the first step on."""
+    assert cli.main(["score", str(tmp_path / "run.yaml")]) == 0
+    stop()
+    tiny.write_model(tmp_path / "other", seed=5)
+    message = fails("train", "reference.mode=stored", f"reference.path={tmp_path / 'other'}")
+    assert "weights" in message
+    assert "rpo score" in message
+
+
+def test_weights_that_are_not_the_models(tmp_path: Path, fails: Rpo) -> None:
+    """Catches a tensor that is left at its initial value because its name is not in the file."""
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    message = fails("train")
+    assert "model.layers.3" in message
+    assert "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["precision=bf16"], ["precision", "fp32 there, bf16 here"]),
+        (["seed=7"], ["seed", "1234 there, 7 here"]),
+        (["data.train={directory}/second"], ["data", "data.train"]),
+        (["reference.path={directory}/other"], ["reference", "weights"]),
+        (["model.path={directory}/wide", "reference.path={directory}/model"], ["another model", "ffn_size", "64 here"]),
+        (["checkpoint.resume=never"], ["checkpoint.resume=never", "has checkpoints already"]),
+    ],
+)
+def test_checkpoint_of_another_run(
+    tmp_path: Path, trained: Path, fails: Rpo, overrides: list[str], words: list[str]
+) -> None:
+    """Catches a resume that goes on with other data, another reference or another model under the old name."""
+    tiny.write_store(tmp_path / "second", num_groups=9, seed=3)
+    tiny.write_model(tmp_path / "other", seed=9)
+    tiny.write_model(tmp_path / "wide", intermediate_size=64)
+    message = fails("train", *(override.format(directory=tmp_path) for override in overrides))
+    for word in words:
+        assert word in message
+
+
+def test_damaged_checkpoints(trained: Path, fails: Rpo) -> None:
+    """Catches one flipped bit in a shard, a missing file, a torn state.json and a pointer into nothing."""
+    checkpoint = trained / "checkpoints" / "step-00000001"
+    shard = next((checkpoint / "shards").glob("*.distcp"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
+    assert shard.name in fails("train")
+    shard.unlink()
+    assert shard.name in fails("train")
+    shard.write_bytes(good)
+    state = (checkpoint / "state.json").read_text()
+    (checkpoint / "state.json").write_text(state[: len(state) // 2])
+    assert "damaged" in fails("train")
+    (trained / "checkpoints" / "latest").write_text("step-00000009\n")
+    assert "step-00000009" in fails("train")
+
+
+def test_export_refuses_what_it_cannot_do(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an export over an existing directory, and one of something that is no checkpoint."""
+    for load, save, word in [
+        (trained, tmp_path / "model", "exists already"),
+        (tmp_path / "model", tmp_path / "new", "Hugging Face directory already"),
+        (tmp_path / "nothing", tmp_path / "new", "not a directory"),
+    ]:
+        assert cli.main(["export", str(load), f"save={save}"]) == 2
+        stop()
+        assert word in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
