@@ -15,8 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rpo_megatron import __version__, config, knobs
+from rpo_megatron import __version__, config, config_io, knobs
 from rpo_megatron.errors import UserError, nearest
+
+GRACE_SECONDS = 10.0
+"""How long a process that leaves an error to another to report stays alive under torchrun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     verb_name = argv[0] if argv else "help"
     try:
-        if verb_name in ("help", "-h", "--help"):
-            print(_usage())
-            return 0
-        if verb_name == "--version":
-            print(__version__)
-            return 0
-        return _run(verb_name, argv[1:])
+        _run(verb_name, argv[1:])
+        sys.stdout.flush()  # here, where a closed pipe is no error; at exit it would be one
+        return 0
     except UserError as error:
         return _report(f"rpo {verb_name}: error: {error}")
     except BrokenPipeError:
@@ -125,21 +124,27 @@ def main(argv: list[str] | None = None) -> int:
         if _speaks():
             raise
         print(f"rank {os.environ.get('RANK')}: stopped, because another process failed", file=sys.stderr, flush=True)
+        _leave_time_to_speak()
         return 1
 
 
-def _run(verb_name: str, words: list[str]) -> int:
+def _run(verb_name: str, words: list[str]) -> None:
+    if verb_name in ("help", "-h", "--help"):
+        print(_usage())
+        return
+    if verb_name == "--version":
+        print(__version__)
+        return
     if verb_name not in VERBS:
         raise UserError(f"there is no verb '{verb_name}'{nearest(verb_name, VERBS)} (verbs: {', '.join(VERBS)})")
     verb = VERBS[verb_name]
     if any(word in ("-h", "--help") for word in words):
         print(_verb_usage(verb_name, verb))
-        return 0
+        return
     loaded = _load(verb, words)
     if verb.megatron:
         _enable_cpu()
     _resolve(verb.run)(loaded)
-    return 0
 
 
 def _load(verb: Verb, words: list[str]) -> Any:
@@ -156,7 +161,7 @@ def _load(verb: Verb, words: list[str]) -> Any:
             overrides.append(f"{verb.positional}={word}")
         else:
             raise UserError(f"cannot read '{word}': expected FILE.yaml or key.path=value")
-    return config.load(verb.config, file, overrides)
+    return config_io.load(verb.config, file, overrides)
 
 
 def _enable_cpu() -> None:
@@ -175,7 +180,15 @@ def _report(message: str) -> int:
     if _speaks():
         print(message, file=sys.stderr, flush=True)
         _tell_torchrun(message)
+    else:
+        _leave_time_to_speak()
     return 2
+
+
+def _leave_time_to_speak() -> None:
+    """torchrun kills the other processes when one ends: that must not be before the message is out."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(GRACE_SECONDS)
 
 
 def _speaks() -> bool:

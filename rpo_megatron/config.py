@@ -1,4 +1,4 @@
-"""Every knob of the project on one page: frozen dataclasses, a strict loader and a dumper. No torch, no numpy.
+"""Every knob of the project on one page: frozen dataclasses, loaded strictly by config_io.py. No torch, no numpy.
 
 Precedence, weakest first: the defaults below < the yaml file < `key.path=value` on the command line.
 
@@ -13,19 +13,8 @@ The text under a field is its documentation: `rpo train --help` prints it. A fie
 A config is never written to after loading; sizes that follow from it are functions of it (training/resolve.py).
 """
 
-import dataclasses
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
-
-import msgspec
-import yaml
-
-from rpo_megatron.errors import UserError, nearest
-
-C = TypeVar("C")
-
+from typing import Literal
 
 # ------------------------------------------------------------------------------------------------ train, score, eval
 
@@ -33,7 +22,7 @@ C = TypeVar("C")
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
-    """Directory of the starting weights: a Hugging Face model (config.json, *.safetensors) or one of our checkpoints."""
+    """Directory of the starting weights: a Hugging Face model (config.json, *.safetensors) or a checkpoint of ours."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` reads only config.json and the tokenizer from `path` and draws the weights from `seed`."""
 
@@ -122,7 +111,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the training store. Give either this or steps."""
     stop_at: int | None = None
-    """Stop, with a checkpoint, after this step, though the schedule goes on to the last; a later start resumes there."""
+    """Stop, with a checkpoint, after this step, though the schedule goes on; a later start resumes there."""
     groups_per_step: int = 64
     """Groups (prompts with all their responses) in the global batch of one optimizer step, over all ranks."""
 
@@ -293,106 +282,3 @@ class MethodsConfig:
 
     name: str | None = None
     """A method; null prints the table."""
-
-
-# ------------------------------------------------------------------------------------------------ load and dump
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `1e-6` as a string (YAML 1.1); a learning rate must be a number."""
-
-
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def load(cls: type[C], file: str | Path | None, overrides: list[str]) -> C:
-    """Build `cls` from defaults < `file` (yaml, optional) < `overrides` (strings `key.path=value`).
-
-    Raises UserError naming the key for an unknown key (with the nearest valid one), a wrong type, a missing mandatory
-    value, or text that is not yaml.
-    """
-    tree: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
-    for override in overrides:
-        _apply(cls, tree, override)
-    _check_keys(cls, tree, "")
-    try:
-        return msgspec.convert(tree, type=cls)
-    except msgspec.ValidationError as error:
-        raise UserError(_explain(str(error))) from None
-
-
-def dump(config: Any) -> str:
-    """The resolved config as yaml; `load` of it gives the same config back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False, allow_unicode=True)
-
-
-def write(config: Any, path: str | Path) -> None:
-    Path(path).write_text(dump(config), encoding="utf-8")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
-    except FileNotFoundError:
-        raise UserError(f"config file '{path}' does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid yaml: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: must hold `key: value` lines, found a {type(tree).__name__}")
-    return tree
-
-
-def _apply(cls: type, tree: dict[str, Any], override: str) -> None:
-    key, _, text = override.partition("=")
-    try:
-        value = yaml.load(text, Loader=_Yaml12Loader) if text else ""
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid yaml: {error}") from None
-    *parents, last = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-        node = child
-    if text and _field_type(cls, key) in (str, str | None) and value is not None:
-        value = text  # a directory called 007 or a seed-like name stays the text that was typed
-    node[last] = value
-
-
-def _field_type(cls: type, key: str) -> Any:
-    for part in key.split("."):
-        if not dataclasses.is_dataclass(cls):
-            return None
-        cls = get_type_hints(cls).get(part, type(None))
-    return cls
-
-
-def _check_keys(cls: type, tree: Any, path: str) -> None:
-    if not isinstance(tree, dict):
-        raise UserError(f"'{path.rstrip('.')}' is a section of keys, found {tree!r}")
-    hints = get_type_hints(cls)
-    for key, value in tree.items():
-        if key not in hints:
-            choices = [f"{path}{name}" for name in hints]
-            raise UserError(f"unknown key '{path}{key}'{nearest(f'{path}{key}', choices)} (known: {', '.join(choices)})")
-        if dataclasses.is_dataclass(hints[key]):
-            _check_keys(hints[key], value, f"{path}{key}.")
-    for spec in dataclasses.fields(cls):
-        mandatory = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if mandatory and spec.name not in tree:
-            if dataclasses.is_dataclass(hints[spec.name]):
-                _check_keys(hints[spec.name], {}, f"{path}{spec.name}.")
-            raise UserError(f"'{path}{spec.name}' must be given (in the yaml file, or as {path}{spec.name}=VALUE)")
-
-
-def _explain(message: str) -> str:
-    """msgspec says "Expected `int`, got `str` - at `$.train.steps`"; put the key first."""
-    text, _, where = message.partition(" - at `$.")
-    return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}" if where else message

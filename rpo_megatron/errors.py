@@ -4,8 +4,8 @@ Everything else that escapes is a bug of ours and keeps its traceback. A message
 it is about, and ends with what to do.
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Iterable
 
 
 class UserError(ValueError):

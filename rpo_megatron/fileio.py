@@ -28,7 +28,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(directory: Path, *, recursive: bool = True) -> None:
-    for path in directory.rglob("*") if recursive else ():
+def fsync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
         fsync(path)
     fsync(directory)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rpo_megatron import config
+from rpo_megatron import config_io
 from tests.tiny import run_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +23,7 @@ PARTS = {
     "": "base",  # rpo_megatron/__init__.py
     "errors": "base",
     "config": "base",
+    "config_io": "base",
     "knobs": "base",
     "fileio": "base",
     "flags": "base",
@@ -188,7 +189,7 @@ def test_every_module_imports_on_a_cpu() -> None:
 def test_light_verbs_do_not_load_torch(words: list[str], tmp_path: Path) -> None:
     """Help that takes seconds is not read; a config is looked at on login nodes, where torch may not even start."""
     if words == ["config"]:
-        config.write(run_config(tmp_path), tmp_path / "run.yaml")
+        config_io.write(run_config(tmp_path), tmp_path / "run.yaml")
         words = ["config", str(tmp_path / "run.yaml")]
     code = (
         "import sys; from rpo_megatron.cli import main; code = main(sys.argv[1:]);"

@@ -130,6 +130,34 @@ def test_as_a_program() -> None:
     assert "did you mean 'train'" in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--version"], ["train", "--help"], ["methods"]])
+def test_a_reader_that_leaves_early(words: list[str]) -> None:
+    """`rpo inspect x | head` must not end in a complaint, nor fail a script that runs under pipefail."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "rpo_megatron", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_one_process_speaks_and_the_others_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun kills all when the first one ends: a silent process that ended before the message was printed would
+    take it along."""
+    waited: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli, "sys", type("", (), {"modules": {}, "stderr": sys.stderr, "stdout": sys.stdout}))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for local_rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert cli.main(["trian"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+        assert len(waited) == int(local_rank)
+
+
 def test_the_installed_command() -> None:
     """The console script of setup.py names a function as text."""
     assert '"rpo = rpo_megatron.cli:entry"' in (ROOT / "setup.py").read_text()

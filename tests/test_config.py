@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.config import ExportConfig, RunConfig, dump, load, write
+from rpo_megatron.config import ExportConfig, RunConfig
+from rpo_megatron.config_io import dump, load, write
 from rpo_megatron.errors import UserError
 
 MINIMAL = """
@@ -104,7 +105,9 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     assert load(ExportConfig, tmp_path / "empty.yaml", ["load=a", "save=b"]).load == "a"
 
 
-@pytest.mark.parametrize("name", ["007", "yes", "1_000", "0x1f", "2020-01-01", "a b", "1e5"])
+@pytest.mark.parametrize(
+    "name", ["007", "yes", "1_000", "0x1f", "2020-01-01", "a b", "1e5", "*.jsonl", "[ab].gz", "{a", "a: b"]
+)
 def test_paths_stay_text(name: str) -> None:
     """A directory named like a number, a date or a truth value must not become one."""
     assert load(ExportConfig, None, [f"load={name}", "save=x"]).load == name
@@ -135,6 +138,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), m
 
 
 @settings(deadline=None)
+@example(source="1e5", target="12e4567", gb=1e-6, tensor=0)
 @given(source=TEXTS, target=TEXTS, gb=st.floats(allow_nan=False), tensor=st.integers(-(2**62), 2**62))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, source: str, target: str, gb: float, tensor: int) -> None:
     """Quoting, special floats and paths that are not ASCII, or look like numbers, in the saved config."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rpo_megatron.config import ColumnsConfig, RunConfig, load
+from rpo_megatron.config import ColumnsConfig, RunConfig
+from rpo_megatron.config_io import load
 from rpo_megatron.data.layouts import parse_row
 from rpo_megatron.data.tokenizer import Tokenizer
 from rpo_megatron.model.shape import check_layout, read_shape

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rpo_megatron.config import RunConfig, load
+from rpo_megatron.config import RunConfig
+from rpo_megatron.config_io import load
 from rpo_megatron.data.manifest import TokenizerInfo
 from rpo_megatron.data.store import StoreWriter
 from rpo_megatron.model.hf import entries

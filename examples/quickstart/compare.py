@@ -120,9 +120,7 @@ def evaluations(metrics: Path) -> dict[str, list[float]]:
 
 def print_samples(prompts: list[str], before: list[str], after: list[str]) -> None:
     differing = [row for row in zip(prompts, before, after, strict=True) if row[1] != row[2]]
-    print(
-        f"\nThe two answer {len(differing)} of {len(prompts)} held-out prompts differently. The first, at temperature 1:"
-    )
+    print(f"\nThe two differ on {len(differing)} of {len(prompts)} held-out prompts (at temperature 1). The first:")
     for prompt, old, new in differing[:NUM_SHOWN]:
         print()
         for title, text in (("", prompt), ("before", old), ("after", new)):

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from threading import Thread
 
@@ -38,6 +38,8 @@ from rpo_megatron.errors import UserError
 
 CHUNK = 64
 """Rows that a worker gets at a time."""
+FEW_CHUNKS = 16
+"""Input of fewer chunks is done here: starting processes would take longer."""
 CHUNKS_IN_FLIGHT = 4
 """Per worker: enough to keep it busy while the oldest chunk is written, few enough to bound memory."""
 
@@ -157,15 +159,16 @@ def _drop(policy: str, reason: str, message: str, dropped: Counter[str]) -> None
 def _chunk_results(config: PrepareConfig, chat: Chat, rows: Iterator[RawRow]) -> Generator[ChunkResult, None, None]:
     """Results in the order of the rows, from `workers` processes (from this one, if it is one)."""
     chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-    workers = config.workers or len(os.sched_getaffinity(0))
-    if workers == 1:
-        yield from (prepare_chunk(config, chat, chunk) for chunk in chunks)
+    workers = config.workers or _num_cores()
+    first = list(islice(chunks, FEW_CHUNKS))
+    if workers == 1 or len(first) < FEW_CHUNKS:
+        yield from (prepare_chunk(config, chat, chunk) for chunk in chain(first, chunks))
         return
     # spawn, because forking a process whose libraries have started threads can deadlock
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
         pending: deque[Future[ChunkResult]] = deque()
         try:
-            for chunk in chunks:
+            for chunk in chain(first, chunks):
                 pending.append(pool.submit(_work, config, chunk))
                 if len(pending) >= workers * CHUNKS_IN_FLIGHT:
                     yield pending.popleft().result()
@@ -177,6 +180,11 @@ def _chunk_results(config: PrepareConfig, chat: Chat, rows: Iterator[RawRow]) ->
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, where the system can tell; a container often gives it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker() -> None:

@@ -51,8 +51,8 @@ def _summary(store: Store) -> Iterator[str]:
     yield f"  responses       {manifest.responses:,}"
     yield f"  tokens          {manifest.tokens:,}"
     yield f"  longest         {manifest.max_length:,} tokens (prompt + response)"
-    yield f"  tokenizer       {tokenizer.path} ({tokenizer.vocab_size:,} entries, BOS {tokenizer.bos_id}, "
-    yield f"                  EOS {tokenizer.eos_id})"
+    yield f"  tokenizer       {tokenizer.path}"
+    yield f"                  {tokenizer.vocab_size:,} entries, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
     yield f"  chat template   {template.source} {template.fingerprint[:12]}".rstrip()
     yield f"  fingerprint     {store.fingerprint}"
     yield from _rewards(manifest)
@@ -71,7 +71,7 @@ def _rewards(manifest: Manifest) -> Iterator[str]:
     if reward is None:
         yield "  rewards         none"
         return
-    yield f"  rewards         {reward.source}: mean {reward.mean:.6g}, std {reward.std:.6g}, "
+    yield f"  rewards         {reward.source}: mean {reward.mean:.6g}, std {reward.std:.6g}"
     yield f"                  from {reward.min:.6g} to {reward.max:.6g}; all equal in {reward.all_equal:.2%} of groups"
 
 

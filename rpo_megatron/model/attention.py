@@ -19,7 +19,13 @@ class PackedAttention(MegatronModule):
     """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] (this TP rank's heads) -> [T, 1, heads * dim]."""
 
     def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, softmax_scale: float | None = None, **_: Any
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -34,7 +40,9 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Segments | None = None,
     ) -> torch.Tensor:
-        assert packed_seq_params is not None and attention_mask is None and attention_bias is None
+        assert packed_seq_params is not None
+        assert attention_mask is None
+        assert attention_bias is None
         lengths = packed_seq_params.lengths
         grouped = query.shape[2] != key.shape[2]
         outputs = [

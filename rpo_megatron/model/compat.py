@@ -57,7 +57,7 @@ def save_strategy() -> Any:
     good when one of them dies before it reports, as happens without psutil. Both 0.16 and 0.19 spawn a Manager process
     for a queue that need not leave this one, seconds for each save. And 0.19 dropped the arguments of
     get_default_save_sharded_strategy.
-    Remove when: megatron-core 0.16 is no longer supported (the forks, the arguments) and 0.19's queue is an in-process one.
+    Remove when: megatron-core 0.16 is no longer supported (forks, arguments) and 0.19's queue is an in-process one.
     """
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies import filesystem_async

@@ -1,11 +1,11 @@
 """Where weights come from: a Hugging Face directory, one of our checkpoints, or a run directory. No torch.
 
-    run_dir/checkpoints/latest                  name of the newest complete checkpoint
-    run_dir/checkpoints/step-00000100/          one checkpoint
-        config.yaml                             resolved config of the run that wrote it
-        state.json                              step, model, precision, identities; checksums of all other files
-        hf/                                     config.json, tokenizer, generation config of the model
-        shards/                                 megatron-core distributed checkpoint
+run_dir/checkpoints/latest                  name of the newest complete checkpoint
+run_dir/checkpoints/step-00000100/          one checkpoint
+    config.yaml                             resolved config of the run that wrote it
+    state.json                              step, model, precision, identities; checksums of all other files
+    hf/                                     config.json, tokenizer, generation config of the model
+    shards/                                 megatron-core distributed checkpoint
 """
 
 import hashlib

@@ -252,7 +252,8 @@ def resolve_knobs(config: ObjectiveConfig) -> dict[str, KnobValue]:
     for name, value in given.items():
         if name not in method.knobs:
             raise UserError(
-                f"objective.{name}: method '{config.method}' does not use it; remove it (its knobs: "
+                f"objective.{name}: method '{config.method}' does not use it; remove it, or override it with "
+                f"objective.{name}=null (its knobs: "
                 f"{', '.join(method.knobs)})"
             )
         knob = method.knobs[name]

@@ -1,7 +1,6 @@
 """Objective: a row of METHODS with its letters resolved to functions and its knobs to values.
 
     objective = build(config.objective)              # UserError for a bad name, knob or value
-    objective.check_columns(has_reward=...)          # before any weight is loaded
     losses_G, stats = objective(responses)           # once per micro-batch
 
 The mean over the groups of the global batch is taken by the caller, who adds up losses and groups over micro-batches
@@ -18,7 +17,6 @@ from types import ModuleType
 import torch
 
 from rpo_megatron.config import ObjectiveConfig
-from rpo_megatron.errors import UserError
 from rpo_megatron.objectives import anchors, distances, methods, rewards, selections, statistics, targets
 from rpo_megatron.objectives.methods import Divergence, KnobValue
 from rpo_megatron.objectives.responses import Responses
@@ -51,21 +49,14 @@ class Objective:
         selected_GK = self.select(batch)
         losses_G = torch.stack([term(batch, selected_GK) for term in self.terms]).sum(dim=0)
         with torch.no_grad():
-            implicit_GK = None if self.implicit is None else self.implicit(batch)
-            stats = statistics.collect(batch, implicit_GK=implicit_GK)
+            logged = statistics.without_rounding(batch)
+            implicit_GK = None if self.implicit is None else self.implicit(logged)
+            stats = statistics.collect(logged, implicit_GK=implicit_GK)
         return losses_G, stats
 
     def describe(self) -> str:
         """Formula, source, normalisation and knobs, for the log."""
         return methods.describe(self.name, knobs=self.knobs)
-
-    def check_columns(self, *, has_reward: bool, store: str) -> None:
-        """Raises UserError if the method reads rewards and the data `store` (its name, for the message) has none."""
-        if "reward" in self.reads and not has_reward:
-            raise UserError(
-                f"{store}: has no rewards, but objective.method={self.name} reads them; prepare the data with rewards, "
-                "or use objective.method=sft objective.responses=all, which reads none"
-            )
 
 
 def build(config: ObjectiveConfig) -> Objective:

@@ -5,10 +5,15 @@ over micro-batches and ranks and divided once. Called without gradients; nothing
 such a rest (all rewards equal) count in `ties` and in nothing else that compares the two.
 """
 
+import dataclasses
+
 import torch
 
 from rpo_megatron.objectives.responses import Responses
 from rpo_megatron.objectives.selections import best, worse
+
+ROUNDING = 1e-6
+"""Relative error of a log-probability that comes from the order of fp32 additions."""
 
 Stats = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -36,6 +41,15 @@ def collect(batch: Responses, *, implicit_GK: torch.Tensor | None) -> Stats:
         (best_sum, count), (rest_sum, _) = stats["reward_best"], stats["reward_rest"]
         stats["margin"] = (best_sum - rest_sum, count)
     return stats
+
+
+def without_rounding(batch: Responses) -> Responses:
+    """The batch with log-ratios below the rounding of fp32 sums set to 0. While the policy is the reference, a stored
+    reference differs by such noise, and an accuracy over its signs would be chance about chance."""
+    if batch.ref_logp_GK is None:
+        return batch
+    noise_GK = (batch.logp_GK - batch.ref_logp_GK).abs() <= ROUNDING * batch.ref_logp_GK.abs()
+    return dataclasses.replace(batch, logp_GK=torch.where(noise_GK, batch.ref_logp_GK, batch.logp_GK))
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

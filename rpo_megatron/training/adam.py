@@ -25,9 +25,16 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **unsupported: Any,
     ) -> None:
-        if unsupported:
-            raise ValueError(f"not available without Transformer Engine or apex: {sorted(unsupported)}")
-        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        asked_for = sorted(name for name, value in unsupported.items() if value)  # megatron passes capturable=False
+        if asked_for:
+            raise ValueError(f"not available without Transformer Engine or apex: {', '.join(asked_for)}")
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from rpo_megatron.distributed import Groups, barrier, gather_objects, on_leader
 from rpo_megatron.errors import UserError
-from rpo_megatron.fileio import fsync_tree, write_json, write_text_atomically
+from rpo_megatron.fileio import fsync, fsync_tree, write_json, write_text_atomically
 from rpo_megatron.model import compat
 from rpo_megatron.model.build import ScoringModel
 from rpo_megatron.model.hf_io import copy_companions
@@ -91,9 +91,7 @@ def save(
     on_leader(lambda: _complete(staging, directory, record, config_text, companions))
 
 
-def load(
-    model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups
-) -> RunState:
+def load(model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups) -> RunState:
     """Restore weights and optimizer in place, and give the state of the run. Every rank must call this.
 
     `expected` is what the run would write now, at step 0: everything but step and consumed must agree. Raises
@@ -165,10 +163,11 @@ def _check_fits(directory: Path, record: dict[str, Any], model: ScoringModel, ex
         "reference": "set reference.path, precision and the store back to what the run began with",
     }
     for name, what in advice.items():
-        if record[name] != getattr(expected, name):
+        there, here = record[name], getattr(expected, name)
+        if there != here:
             raise UserError(
-                f"{directory}: was written by a run with another {name} ({_difference(record[name], getattr(expected, name))}); "
-                f"{what}, or start a new run in another run_dir"
+                f"{directory}: was written by a run with another {name} ({_difference(there, here)}); {what}, or start "
+                f"a new run in another run_dir"
             )
 
 
@@ -185,7 +184,9 @@ def _check_shape(directory: Path, record: dict[str, Any], model: ScoringModel) -
     different = [name for name in ours if name != "dtype" and theirs.get(name) != ours[name]]
     if different:
         listed = ", ".join(f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in different)
-        raise UserError(f"{directory}: holds another model: {listed}; use another run_dir or the model it was made from")
+        raise UserError(
+            f"{directory}: holds another model: {listed}; use another run_dir or the model it was made from"
+        )
 
 
 def _checksums(directory: Path, groups: Groups) -> dict[str, str]:
@@ -227,4 +228,4 @@ def _complete(staging: Path, directory: Path, record: dict[str, Any], config_tex
     if directory.exists():
         shutil.rmtree(directory)  # written by a run that died before `latest` named it
     os.rename(staging, directory)
-    fsync_tree(directory.parent, recursive=False)
+    fsync(directory.parent)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rpo_megatron import config as config_file
+from rpo_megatron import config_io
 from rpo_megatron.config import ExportConfig, ImportConfig, ParallelConfig
 from rpo_megatron.distributed import Groups, on_leader, start, stop
 from rpo_megatron.errors import UserError
@@ -57,15 +57,13 @@ def import_(config: ImportConfig) -> None:
     check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
     model = build(shape, precision=config.precision, sequence_parallel=False, groups=groups)
     load_weights(model, source, groups)
-    state = RunState(
-        step=0, consumed=0, seed=0, precision=config.precision, data="", reference=None
-    )
+    state = RunState(step=0, consumed=0, seed=0, precision=config.precision, data="", reference=None)
     checkpoint.save(
         model,
         None,
         directory=directory,
         state=state,
-        config_text=config_file.dump(config),
+        config_text=config_io.dump(config),
         companions=source.hf,
         groups=groups,
     )

@@ -80,9 +80,7 @@ def evaluate_run(config: RunConfig) -> None:
     objective = objectives.build(config.objective)
     fill_reference = build_reference(plan, groups)
     evaluation = build_evaluation(plan, groups, objective=objective, fill_reference=fill_reference)
-    model = build(
-        plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups
-    )
+    model = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
     load_weights(model, source, groups)
     means = Reducer(groups)(evaluation.run(model)).means
     if groups.leads:
@@ -100,7 +98,7 @@ def _evaluated(plan: Plan) -> Source:
     newest = newest_checkpoint(plan.config.run_dir)
     if newest is None:
         raise UserError(
-            f"run_dir '{plan.config.run_dir}' has no checkpoint yet; train first, or evaluate the starting weights with "
-            f"evaluation.checkpoint=start"
+            f"run_dir '{plan.config.run_dir}' has no checkpoint yet; train first, or evaluate the starting weights "
+            f"with evaluation.checkpoint=start"
         )
     return Source(path=Path(newest), kind="checkpoint")

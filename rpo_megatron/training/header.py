@@ -44,9 +44,8 @@ def _layout(plan: Plan, groups: Groups) -> str:
     sequence = ", sequence parallel" if plan.config.parallel.sequence else ""
     device = "CPU (gloo)" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name(groups.device)} (nccl)"
     return (
-        f"{groups.world} processes = tensor {groups.tp.size} x pipeline {groups.pp.size} ({resolve.describe_stages(plan)}) x "
-        f"data {groups.dp.size}"
-        f"{sequence}; {device}"
+        f"{groups.world} process{'es' * (groups.world > 1)} = tensor {groups.tp.size} x pipeline {groups.pp.size} "
+        f"({resolve.describe_stages(plan)}) x data {groups.dp.size}{sequence}; {device}"
     )
 
 
@@ -54,5 +53,7 @@ def _batches(plan: Plan) -> str:
     data, store = plan.config.data, plan.train_store
     longest = max(store.manifest.lengths.total)
     rows = f"rows of up to {data.tokens_per_microbatch} tokens" if data.packing else "one group per row"
-    note = f"; the longest groups (up to {longest} distinct tokens) get longer rows" * (longest > data.tokens_per_microbatch)
+    note = f"; the longest groups (up to {longest} distinct tokens) get longer rows" * (
+        longest > data.tokens_per_microbatch
+    )
     return f"whole groups packed into {rows}{note}"

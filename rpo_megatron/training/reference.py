@@ -12,7 +12,6 @@ from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.forward import Batch, run_logps, with_reference
 from rpo_megatron.training.resolve import Plan
 
-
 Fill = Callable[[list[Batch]], list[Batch]]
 
 

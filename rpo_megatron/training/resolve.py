@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from rpo_megatron import config as config_file
+from rpo_megatron import config_io
 from rpo_megatron.config import RunConfig
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.tokenizer import same_tokenizer, tokenizer_fingerprints
@@ -164,7 +164,7 @@ def check_config(config: RunConfig) -> None:
 
 def print_config(config: RunConfig) -> None:
     """`rpo config`: the resolved config as yaml, then what follows from it (as far as the files are there)."""
-    print(config_file.dump(config))
+    print(config_io.dump(config))
     check_config(config)
     plan = Plan(config=config)
     for name, describe in _DERIVED.items():

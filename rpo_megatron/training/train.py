@@ -1,13 +1,13 @@
 """`rpo train`: build the parts, then a loop that can be read.
 
-    torchrun --nproc-per-node 4 -m rpo_megatron train run.yaml parallel.tensor=2 parallel.pipeline=2
+torchrun --nproc-per-node 4 -m rpo_megatron train run.yaml parallel.tensor=2 parallel.pipeline=2
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpo_megatron import config as config_file
+from rpo_megatron import config_io
 from rpo_megatron.config import RunConfig
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.distributed import Groups, on_leader, start, stop
@@ -118,11 +118,11 @@ def _open_run_dir(config: RunConfig) -> Path | None:
         newest = newest_checkpoint(config.run_dir)
         if newest is not None and config.checkpoint.resume == "never":
             raise UserError(
-                f"run_dir '{config.run_dir}' has checkpoints already and checkpoint.resume=never; give another run_dir, "
-                f"or checkpoint.resume=auto to go on from {newest.name}"
+                f"run_dir '{config.run_dir}' has checkpoints already and checkpoint.resume=never; give another "
+                f"run_dir, or checkpoint.resume=auto to go on from {newest.name}"
             )
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        config_file.write(config, Path(config.run_dir) / "config.yaml")
+        config_io.write(config, Path(config.run_dir) / "config.yaml")
         return newest
 
     return on_leader(action)
@@ -156,7 +156,7 @@ def _save(run: Run, step: int) -> None:
             run.optimizer,
             directory=directory,
             state=_run_state(run.plan, step=step),
-            config_text=config_file.dump(config),
+            config_text=config_io.dump(config),
             companions=run.plan.source.hf,
             groups=run.groups,
         )

@@ -41,7 +41,7 @@ def test_summary(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "17 response_too_long" in lines
     assert "reference none stored" in lines
     assert any(line.startswith("2 3 █") for line in lines)  # K = 2 in all three groups
-    assert "rewards given: mean -0.375, std 0.875," in lines
+    assert "rewards given: mean -0.375, std 0.875" in lines
     assert "===" not in out
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.shape import (
@@ -17,6 +19,7 @@ from rpo_megatron.model.shape import (
     num_parameters,
     padded_vocab,
     read_shape,
+    stage_layers,
 )
 
 # meta-llama/Llama-3.1-8B as transformers 4 wrote it.
@@ -233,8 +236,9 @@ def test_check_layout() -> None:
     check_layout(LLAMA_31_SHAPE, tensor=8, pipeline=4)
     with pytest.raises(UserError, match=r"parallel.tensor=16 does not divide .* 8 kv heads; nearest that works: 8$"):
         check_layout(LLAMA_31_SHAPE, tensor=16, pipeline=1)
-    with pytest.raises(UserError, match=r"parallel.pipeline=5 .* 32 layers; nearest that works: 4 or 8$"):
-        check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=5)
+    check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=5)  # stages need not be equal
+    with pytest.raises(UserError, match=r"parallel.pipeline=33 must be from 1 to the model's 32 layers$"):
+        check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=33)
     with pytest.raises(UserError, match=r"tensor=3 .* 32 heads, 8 kv heads, 14336 .*, 512 rows of the padded"):
         check_layout(replace(LLAMA_31_SHAPE, vocab_size=509), tensor=3, pipeline=1)
     odd = replace(LLAMA_31_SHAPE, num_heads=36, num_kv_heads=12)
@@ -242,6 +246,35 @@ def test_check_layout() -> None:
         check_layout(odd, tensor=9, pipeline=1)
     with pytest.raises(UserError, match=r"tensor=0 .* nearest that works: 1$"):
         check_layout(LLAMA_31_SHAPE, tensor=0, pipeline=1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "stages"),
+    [
+        (32, 1, (32,)),
+        (32, 4, (8, 8, 8, 8)),
+        (5, 2, (3, 2)),
+        (5, 4, (2, 1, 1, 1)),
+        (7, 4, (2, 2, 2, 1)),
+        (61, 8, (7, 8, 8, 8, 8, 8, 8, 6)),
+        (4, 4, (1, 1, 1, 1)),
+    ],
+)
+def test_stage_layers(layers: int, pipeline: int, stages: tuple[int, ...]) -> None:
+    """A stage without layers, layers that get lost, or a slower stage than there need be."""
+    assert stage_layers(replace(LLAMA_31_SHAPE, num_layers=layers), pipeline) == stages
+
+
+@given(layers=st.integers(1, 130), pipeline=st.integers(1, 130))
+def test_stage_layers_always_fit_megatron(layers: int, pipeline: int) -> None:
+    """A split that megatron refuses: all stages between the first and the last must be equal, none empty."""
+    if pipeline > layers:
+        return
+    stages = stage_layers(replace(LLAMA_31_SHAPE, num_layers=layers), pipeline)
+    assert len(stages) == pipeline
+    assert sum(stages) == layers
+    assert min(stages) > 0
+    assert len(set(stages[1:-1])) <= 1
 
 
 def test_imports_no_torch() -> None:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpo_megatron.config import ObjectiveConfig
-from rpo_megatron.errors import UserError
 from rpo_megatron.objectives.methods import METHODS
 from rpo_megatron.objectives.objective import Objective, build
 from rpo_megatron.objectives.responses import Responses
@@ -267,14 +266,6 @@ def test_statistics_use_the_scaled_log_ratio(make: Make) -> None:
     batch = make([[-20.0, -12.0]], ref=[[-20.5, -14.2]], reward=[[1.0, 3.0]])
     for method in ("dpo", "ipo", "rpo_bwd"):
         assert objective(method, beta=0.1)(batch)[1]["margin"][0].item() == pytest.approx(0.17)
-
-
-def test_columns_are_checked_by_name() -> None:
-    """Training without rewards until a crash deep in a step; sft on all responses needs none."""
-    with pytest.raises(UserError, match=r"data/x: has no rewards, but objective.method=dpo"):
-        objective("dpo").check_columns(has_reward=False, store="data/x")
-    objective("dpo").check_columns(has_reward=True, store="data/x")
-    objective("sft", responses="all").check_columns(has_reward=False, store="data/x")
 
 
 def test_description_says_what_is_computed() -> None:

@@ -7,13 +7,29 @@ import pytest
 import torch
 
 from rpo_megatron.objectives.responses import Responses
-from rpo_megatron.objectives.statistics import Stats, collect
+from rpo_megatron.objectives.statistics import Stats, collect, without_rounding
 
 Make = Callable[..., Responses]
 
 
 def means(stats: Stats) -> dict[str, float]:
     return {name: (total / count).item() for name, (total, count) in stats.items()}
+
+
+def test_rounding_orders_nothing(make: Make) -> None:
+    """Catches an accuracy that a stored reference's last bit decides while the policy is still the reference, and a
+    threshold that swallows a real difference."""
+    ref = [[-1000.0, -800.0]]
+    noise = make([[-1000.0003, -799.9998]], ref=ref, reward=[[1.0, 0.0]])
+    assert means(collect(without_rounding(noise), implicit_GK=_log_ratio(noise)))["accuracy"] == 0.5
+    real = make([[-1000.01, -799.99]], ref=ref, reward=[[1.0, 0.0]])
+    assert means(collect(without_rounding(real), implicit_GK=_log_ratio(real)))["accuracy"] == 0.0
+
+
+def _log_ratio(batch: Responses) -> torch.Tensor:
+    batch = without_rounding(batch)
+    assert batch.ref_logp_GK is not None
+    return batch.logp_GK - batch.ref_logp_GK
 
 
 def test_by_hand(make: Make) -> None:

@@ -34,7 +34,13 @@ def run(function: str, *, processes: int, directory: Path, timeout: float = 300.
         port = probe.getsockname()[1]
     workers = []
     for rank in range(processes):
-        extra = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        extra = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         log = (directory / f"rank{rank}.log").open("w")
         workers.append(
             subprocess.Popen(
@@ -66,7 +72,9 @@ def _wait(workers: list["subprocess.Popen[bytes]"], directory: Path, timeout: fl
         for worker in workers:
             worker.kill()
     if any(codes):
-        logs = "\n".join(f"--- rank {r}\n{(directory / f'rank{r}.log').read_text()[-3000:]}" for r in range(len(workers)))
+        logs = "\n".join(
+            f"--- rank {r}\n{(directory / f'rank{r}.log').read_text()[-3000:]}" for r in range(len(workers))
+        )
         raise AssertionError(f"exit codes {codes} (None: killed after {timeout} s)\n{logs}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rpo_megatron import cli
-from rpo_megatron.config import dump
+from rpo_megatron.config_io import dump
 from rpo_megatron.distributed import stop
 from rpo_megatron.model.source import newest_checkpoint
 from rpo_megatron.training import checkpoint
@@ -18,7 +18,9 @@ from tests.parallel.launch import ROOT, environment
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize(("kind", "word"), [("user", "rpo fail: error: file x, line 3: no"), ("bug", "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    ("kind", "word"), [("user", "rpo fail: error: file x, line 3: no"), ("bug", "ZeroDivisionError")]
+)
 def test_one_rank_fails(kind: str, word: str) -> None:
     """Catches ranks that wait for a dead one until a timeout (ten minutes), and a cause buried under their errors."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

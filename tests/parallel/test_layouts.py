@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rpo_megatron.distributed import stop
 from tests import tiny

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from rpo_megatron.config import RunConfig, dump, load
+from rpo_megatron.config import RunConfig
+from rpo_megatron.config_io import dump, load
 from rpo_megatron.data.store import Store
 from tests.model.test_forward_parity import transformers_logps
 from tests.parallel import launch
@@ -44,10 +45,12 @@ def config(real: dict[str, str], store: str, *overrides: str) -> RunConfig:
         "objective.method=rpo_bwd",
         "objective.beta=0.1",
         f"objective.eta={ETA}",
-        "optimizer.lr=5e-5",
-        "train.steps=10",
+        "optimizer.lr=1e-4",
+        "optimizer.schedule=cosine",
+        "optimizer.warmup_steps=2",
+        "train.steps=12",
         f"train.groups_per_step={NUM_GROUPS}",
-        "evaluation.every=10",
+        "evaluation.every=12",
         "precision=fp32",
         "logging.tensorboard=false",
     ]
@@ -88,7 +91,9 @@ def test_log_probs_of_50_groups_equal_transformers(real: dict[str, str], tmp_pat
 @pytest.mark.parallel
 def test_score_train_evaluate_export(real: dict[str, str], tmp_path: Path) -> None:
     """Catches a main job that runs but does not learn, or that does not start where the mathematics says it does."""
-    (tmp_path / "run.yaml").write_text(dump(config(real, "small", f"run_dir={tmp_path / 'run'}", "reference.mode=stored")))
+    (tmp_path / "run.yaml").write_text(
+        dump(config(real, "small", f"run_dir={tmp_path / 'run'}", "reference.mode=stored"))
+    )
     yaml = str(tmp_path / "run.yaml")
     four = ["parallel.tensor=2", "parallel.pipeline=2"]
     run_ok("score", yaml, *four, processes=4)

@@ -87,7 +87,9 @@ def test_resume_is_bit_identical_and_layouts_share_checkpoints(tmp_path: Path) -
     assert_close(unique(records(tmp_path / "elsewhere"))[-4:], expected[-4:], tolerance=1e-3)
 
     run_ok("export", str(whole), f"save={tmp_path / 'one'}")
-    run_ok("export", str(whole), f"save={tmp_path / 'four'}", "tensor=2", "pipeline=2", "max_shard_gb=1e-5", processes=4)
+    run_ok(
+        "export", str(whole), f"save={tmp_path / 'four'}", "tensor=2", "pipeline=2", "max_shard_gb=1e-5", processes=4
+    )
     run_ok("import", str(tmp_path / "one"), f"save={tmp_path / 'back'}", "precision=fp32", "tensor=2", processes=2)
     run_ok("export", str(tmp_path / "back"), f"save={tmp_path / 'again'}")
     exported = _weights(tmp_path / "one")
@@ -139,4 +141,6 @@ def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }

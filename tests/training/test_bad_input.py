@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rpo_megatron import cli
-from rpo_megatron.config import dump
+from rpo_megatron.config_io import dump
 from rpo_megatron.distributed import stop
 from tests import tiny
 
