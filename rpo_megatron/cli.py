@@ -95,9 +95,13 @@ VERBS: dict[str, Verb] = {
 
 
 def entry() -> NoReturn:
-    """`main` as a process. A failed one leaves at once: the threads of a process group that nobody closed would abort
-    it on the way out, and hide its exit code."""
-    code = main()
+    """The console script."""
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. A failed one leaves at once: the threads of a process group that nobody closed would abort it on
+    the way out, and hide its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

@@ -5,8 +5,8 @@ python tools/preprocess_data.py --input raw.jsonl --output-prefix data/train --t
 
 import sys
 
-from rpo_megatron.cli import main
+from rpo_megatron.cli import leave, main
 from rpo_megatron.flags import flags_to_overrides
 
 if __name__ == "__main__":
-    sys.exit(main(["prepare", *flags_to_overrides(sys.argv[1:], aliases={"tokenizer-model": "tokenizer"})]))
+    leave(main(["prepare", *flags_to_overrides(sys.argv[1:], aliases={"tokenizer-model": "tokenizer"})]))
