@@ -130,8 +130,11 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_leader(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 only and give its result to all. If it raises, every rank raises a UserError with the same
-    text: file work on one rank must not leave the others waiting in a collective."""
+    """Run `action` on rank 0 only and give its result to all.
+
+    If it fails, every rank raises, so that none waits in a collective for a rank that gave up over a file: UserError
+    with the same text if it is the user's or the file system's doing; else the leader its own error, for the traceback.
+    """
     box: list[Any] = [None, None]
     error: Exception | None = None
     if dist.get_rank() == 0:
@@ -139,8 +142,10 @@ def on_leader(action: Callable[[], T]) -> T:
             box[0] = action()
         except Exception as caught:
             error = caught
-            box[1] = f"{caught}" if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
+            box[1] = str(caught)
     dist.broadcast_object_list(box, src=0)
+    if error is not None and not isinstance(error, UserError | OSError):
+        raise error
     if box[1] is not None:
         raise UserError(box[1]) from error
     return box[0]

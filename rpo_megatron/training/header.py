@@ -22,11 +22,10 @@ def text(plan: Plan, groups: Groups, *, resume_from: Path | None) -> str:
     config = plan.config
     knobs = methods.resolve_knobs(config.objective)
     valid = "none" if plan.valid_store is None else resolve.describe_store(plan.valid_store)
-    start = f"{config.model.init} weights, {plan.source.path}" if resume_from is None else f"resumed from {resume_from}"
     rows = {
         "rpo_megatron": f"{__version__}, torch {torch.__version__}, megatron-core {megatron_version}",
         "model": resolve.describe_model(plan),
-        "start": start,
+        "start": _start(plan, resume_from),
         "layout": _layout(plan, groups),
         "precision": f"{config.precision} weights; fp32 gradients, master weights and log-probs; fp64 objective",
         "objective": methods.describe(config.objective.method, knobs=knobs),
@@ -38,6 +37,14 @@ def text(plan: Plan, groups: Groups, *, resume_from: Path | None) -> str:
         "run": config.run_dir,
     }
     return "\n".join(f"{name:<13} {value}".replace("\n", "\n" + " " * 14) for name, value in rows.items())
+
+
+def _start(plan: Plan, resume_from: Path | None) -> str:
+    if resume_from is not None:
+        return f"resumed from {resume_from}"
+    if plan.config.model.init == "random":
+        return f"random weights, seed {plan.config.seed}"
+    return f"{plan.source.path}, weights {plan.source.fingerprint()[:12]}"
 
 
 def _layout(plan: Plan, groups: Groups) -> str:

@@ -61,6 +61,8 @@ def train(config: RunConfig) -> None:
 def train_loop(run: Run) -> None:
     config, num_steps = run.config, run.plan.num_steps
     last_step = min(num_steps, config.train.stop_at or num_steps)
+    if run.first_step >= last_step and run.groups.leads:
+        print(f"step {run.first_step} is reached already: nothing to train", flush=True)
     for step in range(run.first_step, last_step):
         _evaluate_if_due(run, step)
         rows = run.loader.step(step)
