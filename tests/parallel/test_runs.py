@@ -75,7 +75,7 @@ def test_resume_is_bit_identical_and_layouts_share_checkpoints(tmp_path: Path) -
     yaml = write_config(tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ok("train", yaml, f"run_dir={whole}", *FOUR, processes=4)
-    run_ok("train", yaml, f"run_dir={parts}", *FOUR, "train.stop_at=3", processes=4)
+    run_ok("train", yaml, f"run_dir={parts}", *FOUR, "train.stop_at=4", processes=4)
     shutil.copytree(parts, tmp_path / "elsewhere")
     output = run_ok("train", yaml, f"run_dir={parts}", *FOUR, processes=4)
     assert "resumed from" in output
