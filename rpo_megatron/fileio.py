@@ -1,5 +1,6 @@
 """Files that are there in full or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

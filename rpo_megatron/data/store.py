@@ -33,6 +33,7 @@ from rpo_megatron.data.manifest import (
     write_record,
 )
 from rpo_megatron.errors import UserError
+from rpo_megatron.fileio import sha256
 
 FLOAT32 = np.dtype("<f4")
 
@@ -178,13 +179,8 @@ def _check_files(prefix: str, files: dict[str, FileInfo], *, verify: bool) -> No
         found = path.stat().st_size
         if found != info.bytes:
             raise UserError(f"{path}: damaged: {found} bytes, should be {info.bytes}. Copy or prepare it again")
-        if verify and _sha256(path) != info.sha256:
+        if verify and sha256(path) != info.sha256:
             raise UserError(f"{path}: damaged: its checksum is not the recorded one. Copy or prepare it again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ writers

@@ -12,7 +12,6 @@ layout loads what any other wrote. A shard file is a pickle in part: load only c
 exchanged as safetensors (`rpo export`).
 """
 
-import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from rpo_megatron.distributed import Groups, barrier, gather_objects, on_leader
 from rpo_megatron.errors import UserError
-from rpo_megatron.fileio import fsync, fsync_tree, write_json, write_text_atomically
+from rpo_megatron.fileio import fsync, fsync_tree, sha256, write_json, write_text_atomically
 from rpo_megatron.model import compat
 from rpo_megatron.model.build import ScoringModel
 from rpo_megatron.model.hf_io import copy_companions
@@ -192,25 +191,20 @@ def _check_shape(directory: Path, record: dict[str, Any], model: ScoringModel) -
 def _checksums(directory: Path, groups: Groups) -> dict[str, str]:
     """sha256 of every file, each rank reading its share of them."""
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    mine = {name: _sha256(directory / name) for name in names[groups.rank :: groups.world]}
+    mine = {name: sha256(directory / name) for name in names[groups.rank :: groups.world]}
     return {name: sha for part in gather_objects(mine) for name, sha in part.items()}
 
 
 def _verify(directory: Path, record: dict[str, Any], groups: Groups) -> None:
     names = sorted(record["files"])
     mine = names[groups.rank :: groups.world]
-    damaged = [n for n in mine if not (directory / n).is_file() or _sha256(directory / n) != record["files"][n]]
+    damaged = [n for n in mine if not (directory / n).is_file() or sha256(directory / n) != record["files"][n]]
     every = [name for part in gather_objects(damaged) for name in part]
     if every:
         raise UserError(
             f"{directory}: damaged or missing: {', '.join(every)}; restore them, or write the name of another "
             f"checkpoint into {directory.parent / LATEST}"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _empty_directory(path: Path) -> None:

@@ -104,6 +104,8 @@ def test_score_train_evaluate_export(real: dict[str, str], tmp_path: Path) -> No
     before, after = (line for line in records(tmp_path / "run") if line["kind"] == "valid")
     assert before["loss"] == pytest.approx(_loss_at_the_reference(Store.open(real["small"])), rel=1e-5)
     assert before["accuracy"] == pytest.approx(0.5, abs=0.02)
+    for line in (before, after):
+        print(f"step {line['step']}: loss {line['loss']:.4f}, accuracy {line['accuracy']:.3f}")
     assert after["loss"] < 0.3 * before["loss"]
     assert after["accuracy"] > 0.6
     assert after["margin"] > 0.2
@@ -125,6 +127,7 @@ def _assert_policy_is_reference(real: dict[str, str], tmp_path: Path, layout: li
     job = "tests.parallel.jobs:score_blocks"
     resident, stored = launch.run(job, processes=4, directory=tmp_path / "out", cases=cases)[0]
     assert resident.largest_log_ratio < 1e-5
+    print(f"largest log-ratio: {resident.largest_log_ratio:.1e} resident, {stored.largest_log_ratio:.1e} stored")
     largest_sum = max(abs(logp) for values in stored.logps.values() for logp in values)
     assert stored.largest_log_ratio < 1e-6 * largest_sum
 

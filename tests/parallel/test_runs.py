@@ -129,7 +129,8 @@ def test_stored_reference_equals_resident(tmp_path: Path) -> None:
 
 @pytest.mark.parallel
 def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
-    """Catches master weights or gradients that are kept in bf16: with lr 1e-3, fp32 moves steadily, bf16 would not."""
+    """Catches master weights or gradients that are kept in bf16: with lr 1e-3, fp32 moves steadily, bf16 would not;
+    and an export that says another precision than it has."""
     yaml = write_config(tmp_path)
     options = ["optimizer.warmup_steps=0", "optimizer.schedule=constant", "evaluation.every=0", "train.steps=20"]
     run_ok("train", yaml, *options, f"run_dir={tmp_path / 'fp32'}")
@@ -138,6 +139,9 @@ def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
     assert bf16[0]["loss"] == pytest.approx(fp32[0]["loss"], rel=0.1)
     assert fp32[-1]["loss"] < fp32[0]["loss"]
     assert bf16[-1]["loss"] == pytest.approx(fp32[-1]["loss"], rel=0.25)
+    run_ok("export", str(tmp_path / "bf16"), f"save={tmp_path / 'hf'}")
+    assert {tensor.dtype for tensor in _weights(tmp_path / "hf").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
