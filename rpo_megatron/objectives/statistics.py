@@ -12,8 +12,9 @@ import torch
 from rpo_megatron.objectives.responses import Responses
 from rpo_megatron.objectives.selections import best, worse
 
-ROUNDING = 1e-6
-"""Relative error of a log-probability that comes from the order of fp32 additions."""
+ROUNDING, FLOOR = 1e-6, 1e-5
+"""Error of a log-probability that comes from the order of fp32 additions: relative for long responses, and in nats for
+short ones, whose sums are smaller than the logits they come from."""
 
 Stats = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -48,7 +49,7 @@ def without_rounding(batch: Responses) -> Responses:
     reference differs by such noise, and an accuracy over its signs would be chance about chance."""
     if batch.ref_logp_GK is None:
         return batch
-    noise_GK = (batch.logp_GK - batch.ref_logp_GK).abs() <= ROUNDING * batch.ref_logp_GK.abs()
+    noise_GK = (batch.logp_GK - batch.ref_logp_GK).abs() <= FLOOR + ROUNDING * batch.ref_logp_GK.abs()
     return dataclasses.replace(batch, logp_GK=torch.where(noise_GK, batch.ref_logp_GK, batch.logp_GK))
 
 

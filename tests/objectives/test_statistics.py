@@ -22,6 +22,8 @@ def test_rounding_orders_nothing(make: Make) -> None:
     ref = [[-1000.0, -800.0]]
     noise = make([[-1000.0003, -799.9998]], ref=ref, reward=[[1.0, 0.0]])
     assert means(collect(without_rounding(noise), implicit_GK=_log_ratio(noise)))["accuracy"] == 0.5
+    short = make([[-3.000004, -4.0]], ref=[[-3.0, -4.0]], reward=[[1.0, 0.0]])
+    assert means(collect(without_rounding(short), implicit_GK=_log_ratio(short)))["accuracy"] == 0.5
     real = make([[-1000.01, -799.99]], ref=ref, reward=[[1.0, 0.0]])
     assert means(collect(without_rounding(real), implicit_GK=_log_ratio(real)))["accuracy"] == 0.0
 
