@@ -77,6 +77,8 @@ def evaluate_run(config: RunConfig) -> None:
     groups = start(config.parallel)
     plan = resolve(config)
     source = _evaluated(plan)
+    if plan.valid_store is not None:
+        plan.with_reference(plan.valid_store)  # refused before any weight is loaded
     objective = objectives.build(config.objective)
     fill_reference = build_reference(plan, groups)
     evaluation = build_evaluation(plan, groups, objective=objective, fill_reference=fill_reference)

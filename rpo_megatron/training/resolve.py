@@ -94,38 +94,21 @@ class Plan:
             "precision": self.config.precision,
         }
 
-    def _open(self, prefix: str) -> Store:
-        store = Store.open(prefix)
-        self._check_store(store)
-        return store
-
     def with_reference(self, store: Store) -> Store:
         """The store as the objective reads it: with its stored reference, if the config says `stored`."""
         return store.with_reference(self.reference_identity(store)) if self.reference == "stored" else store
 
-    def _check_store(self, store: Store) -> None:
-        manifest, path = store.manifest, self.source.path
-        if manifest.tokenizer.vocab_size > self.shape.vocab_size:
-            raise UserError(
-                f"'{store.prefix}' was made with a vocabulary of {manifest.tokenizer.vocab_size}, the model in {path} "
-                f"has {self.shape.vocab_size}; prepare the data with tokenizer={self.source.hf}"
-            )
-        if same_tokenizer(manifest.tokenizer.fingerprints, _tokenizer_of(self.source)) is False:
-            raise UserError(
-                f"'{store.prefix}' was made with another tokenizer ({manifest.tokenizer.path}) than the one of the "
-                f"model in {path}; prepare the data with tokenizer={self.source.hf}"
-            )
-        limit = min(self.shape.max_positions, self.shape.sliding_window or self.shape.max_positions)
-        if manifest.max_length > limit:
-            raise UserError(
-                f"'{store.prefix}' has a prompt + response of {manifest.max_length} tokens, the model in {path} reads "
-                f"at most {limit}; prepare the data with max_length={limit}"
-            )
+    def _open(self, prefix: str) -> Store:
+        store = Store.open(prefix)
+        _check_model_reads(store, self.source, self.shape)
+        if self.reference != "none":
+            _check_model_reads(store, self.reference_source, self.reference_shape)
         if "reward" in self.reads and not store.has_reward:
             raise UserError(
                 f"'{store.prefix}' has no rewards, but objective.method={self.config.objective.method} reads them; "
                 f"prepare data that has them, or train with objective.method=sft objective.responses=all"
             )
+        return store
 
 
 def resolve(config: RunConfig) -> Plan:
@@ -138,7 +121,7 @@ def resolve(config: RunConfig) -> Plan:
     check_layout(plan.shape, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     _ = plan.train_store, plan.valid_store
     if plan.reference != "none":
-        _check_reference(plan)
+        check_layout(plan.reference_shape, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     return plan
 
 
@@ -277,14 +260,25 @@ def _positive(config: RunConfig) -> None:
             raise UserError(f"{key} must be a number that is not negative, found {value}")
 
 
-def _check_reference(plan: Plan) -> None:
-    ours, theirs = plan.shape, plan.reference_shape
-    if theirs.vocab_size < plan.train_store.manifest.tokenizer.vocab_size:
+def _check_model_reads(store: Store, source: Source, shape: ModelShape) -> None:
+    """The model in `source` can read the tokens of the store: its vocabulary, its tokenizer, its context."""
+    manifest, path = store.manifest, source.path
+    if manifest.tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
-            f"reference.path: the model in {plan.reference_source.path} has a vocabulary of {theirs.vocab_size}, the "
-            f"policy {ours.vocab_size}; a reference must read the same tokens"
+            f"'{store.prefix}' was made with a vocabulary of {manifest.tokenizer.vocab_size}, the model in {path} has "
+            f"{shape.vocab_size}; prepare the data with tokenizer={source.hf}"
         )
-    check_layout(theirs, tensor=plan.config.parallel.tensor, pipeline=plan.config.parallel.pipeline)
+    if same_tokenizer(manifest.tokenizer.fingerprints, _tokenizer_of(source)) is False:
+        raise UserError(
+            f"'{store.prefix}' was made with another tokenizer ({manifest.tokenizer.path}) than the one of the model "
+            f"in {path}; prepare the data with tokenizer={source.hf}"
+        )
+    limit = min(shape.max_positions, shape.sliding_window or shape.max_positions)
+    if manifest.max_length > limit:
+        raise UserError(
+            f"'{store.prefix}' has a prompt + response of {manifest.max_length} tokens, the model in {path} reads at "
+            f"most {limit}; prepare the data with max_length={limit}"
+        )
 
 
 def _find(key: str, path: str) -> Source:

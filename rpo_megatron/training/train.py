@@ -83,6 +83,8 @@ def build_run(plan: Plan, groups: Groups) -> Run:
     """All parts, the weights in place: drawn, read, or restored from the newest checkpoint of the run directory."""
     config = plan.config
     objective = objectives.build(config.objective)
+    for store in plan.stores:
+        plan.with_reference(store)  # a stored reference that does not fit is refused before any weight is loaded
     resume_from = _open_run_dir(config)
     header.show(plan, groups, resume_from=resume_from)
     policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)

@@ -128,6 +128,16 @@ def test_reference_of_another_model(tmp_path: Path, fails: Rpo) -> None:
     assert "rpo score" in message
 
 
+def test_nothing_is_loaded_before_the_reference_fits(
+    fails: Rpo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches minutes of loading 70B weights before the message that `rpo score` was forgotten."""
+    monkeypatch.setattr("rpo_megatron.training.train.build", lambda *args, **options: pytest.fail("built a model"))
+    assert "rpo score" in fails("train", "reference.mode=stored")
+    tiny.write_model(tmp_path / "other", vocab_size=64)
+    assert "vocabulary of 131" in fails("train", f"reference.path={tmp_path / 'other'}")
+
+
 def test_weights_that_are_not_the_models(tmp_path: Path, fails: Rpo) -> None:
     """Catches a tensor that is left at its initial value because its name is not in the file."""
     config = json.loads((tmp_path / "model" / "config.json").read_text())
