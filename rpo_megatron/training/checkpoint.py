@@ -45,6 +45,8 @@ class RunState:
     """Updates done."""
     consumed: int
     """Groups consumed."""
+    groups_per_step: int
+    """With the step it says which groups come next, so it may not change in the middle of a run."""
     seed: int
     precision: str
     data: str
@@ -156,6 +158,7 @@ def _check_fits(directory: Path, record: dict[str, Any], model: ScoringModel, ex
     if not record["has_optimizer"]:
         raise UserError(f"{directory}: holds weights only and cannot be resumed; start from it with model.path")
     advice = {
+        "groups_per_step": "set train.groups_per_step back",
         "precision": "set precision back",
         "seed": "set seed back",
         "data": "point data.train back at the store that the run began with",

@@ -57,7 +57,7 @@ def import_(config: ImportConfig) -> None:
     check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
     model = build(shape, precision=config.precision, sequence_parallel=False, groups=groups)
     load_weights(model, source, groups)
-    state = RunState(step=0, consumed=0, seed=0, precision=config.precision, data="", reference=None)
+    state = RunState(step=0, consumed=0, groups_per_step=0, seed=0, precision=config.precision, data="", reference=None)
     checkpoint.save(
         model,
         None,

@@ -144,6 +144,7 @@ def _run_state(plan: Plan, *, step: int) -> RunState:
     return RunState(
         step=step,
         consumed=step * plan.config.train.groups_per_step,
+        groups_per_step=plan.config.train.groups_per_step,
         seed=plan.config.seed,
         precision=plan.config.precision,
         data=plan.train_store.fingerprint,

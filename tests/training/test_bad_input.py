@@ -151,6 +151,7 @@ def test_weights_that_are_not_the_models(tmp_path: Path, fails: Rpo) -> None:
     ("overrides", "words"),
     [
         (["precision=bf16"], ["precision", "fp32 there, bf16 here"]),
+        (["train.groups_per_step=5"], ["groups_per_step", "6 there, 5 here"]),
         (["seed=7"], ["seed", "1234 there, 7 here"]),
         (["data.train={directory}/second"], ["data", "data.train"]),
         (["reference.path={directory}/other"], ["reference", "weights"]),
