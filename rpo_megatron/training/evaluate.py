@@ -16,7 +16,7 @@ from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.forward import Stats, merge_stats, run_objective, to_device
-from rpo_megatron.training.metrics import Reducer
+from rpo_megatron.training.metrics import Reducer, format_line
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
 
@@ -73,7 +73,7 @@ def make_loader(plan: Plan, store: Store, groups: Groups) -> Loader:
 
 
 def evaluate_run(config: RunConfig) -> None:
-    """`rpo eval`: one line of statistics; the last line printed is the same as JSON."""
+    """`rpo eval`: prints the statistics as in a training log, and last, in full, as one line of JSON."""
     groups = start(config.parallel)
     plan = resolve(config)
     source = _evaluated(plan)
@@ -87,6 +87,7 @@ def evaluate_run(config: RunConfig) -> None:
     means = Reducer(groups)(evaluation.run(model)).means
     if groups.leads:
         print(f"evaluated {source.path} on {evaluation.num_groups} groups of {config.data.valid}")
+        print(f"valid | {format_line(means)}")
         print(json.dumps({"weights": str(source.path), "groups": evaluation.num_groups, **means}))
     stop()
 
