@@ -3,7 +3,7 @@
 run_dir/checkpoints/latest                  name of the newest complete checkpoint
 run_dir/checkpoints/step-00000100/          one checkpoint
     config.yaml                             resolved config of the run that wrote it
-    state.json                              step, model, precision, identities; checksums of all other files
+    state.json                              step, model, precision, identities; sha256 of every other file
     hf/                                     config.json, tokenizer, generation config of the model
     shards/                                 megatron-core distributed checkpoint
 """

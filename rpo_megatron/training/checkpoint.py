@@ -1,9 +1,9 @@
 """Checkpoints: megatron-core's distributed format inside a directory that is either complete or not there.
 
 Saving (see model/source.py for the directory):
-1. every rank writes its shards into `.step-N.incomplete`,
-2. the ranks share the work of hashing the files,
-3. rank 0 adds config.yaml, hf/ and state.json (with the checksums), flushes, renames to `step-N`,
+1. rank 0 makes `.step-N.incomplete` with config.yaml and hf/, and every rank writes its shards into it,
+2. the ranks share the work of hashing all these files,
+3. rank 0 adds state.json with the checksums, flushes, renames to `step-N`,
 4. and only then points `latest` at it and removes the oldest.
 A process killed at any moment leaves the previous checkpoint in force.
 
@@ -71,7 +71,7 @@ def save(
     along.
     """
     staging = directory.with_name(f".{directory.name}.incomplete")
-    on_leader(lambda: _empty_directory(staging / SHARDS))
+    on_leader(lambda: _begin(staging, config_text, companions, dtype=HF_DTYPES[state.precision]))
     dist_checkpointing.save(
         _sharded_state(model, optimizer, groups, is_loading=False),
         str(staging / SHARDS),
@@ -89,7 +89,7 @@ def save(
         "has_optimizer": optimizer is not None,
         "files": checksums,
     }
-    on_leader(lambda: _complete(staging, directory, record, config_text, companions))
+    on_leader(lambda: _complete(staging, directory, record))
 
 
 def load(model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups) -> RunState:
@@ -122,9 +122,11 @@ def load_weights(model: ScoringModel, source: Source, groups: Groups) -> None:
 
 
 def make_latest(directory: Path, *, keep: int) -> None:
-    """Point `latest` at a complete checkpoint, then remove all but the `keep` newest."""
+    """Point `latest` at a complete checkpoint, then remove all but the `keep` newest up to it. Later steps, from before
+    somebody pointed `latest` back, are left alone."""
     write_text_atomically(directory.parent / LATEST, directory.name + "\n")
-    for old in sorted(path for path in directory.parent.glob("step-*") if path.is_dir())[:-keep]:
+    so_far = sorted(path for path in directory.parent.glob("step-*") if path.is_dir() and path.name <= directory.name)
+    for old in so_far[:-keep]:
         shutil.rmtree(old)
 
 
@@ -210,19 +212,19 @@ def _verify(directory: Path, record: dict[str, Any], groups: Groups) -> None:
         )
 
 
-def _empty_directory(path: Path) -> None:
-    if path.parent.exists():
-        shutil.rmtree(path.parent)
-    path.mkdir(parents=True)
-
-
-def _complete(staging: Path, directory: Path, record: dict[str, Any], config_text: str, companions: Path) -> None:
-    (staging / HF).mkdir()
-    copy_companions(companions, staging / HF, dtype=HF_DTYPES[record["precision"]])
+def _begin(staging: Path, config_text: str, companions: Path, *, dtype: str) -> None:
+    if staging.exists():
+        shutil.rmtree(staging)  # left by a run that died while writing
+    for name in (SHARDS, HF):
+        (staging / name).mkdir(parents=True)
+    copy_companions(companions, staging / HF, dtype=dtype)
     (staging / "config.yaml").write_text(config_text, encoding="utf-8")
+
+
+def _complete(staging: Path, directory: Path, record: dict[str, Any]) -> None:
     write_json(staging / STATE, record)
     fsync_tree(staging)
     if directory.exists():
-        shutil.rmtree(directory)  # written by a run that died before `latest` named it
+        shutil.rmtree(directory)  # of this step, and not the one that this run went on from
     os.rename(staging, directory)
     fsync(directory.parent)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rpo_megatron import config_io
 from rpo_megatron.config import ExportConfig, ImportConfig, ParallelConfig
-from rpo_megatron.distributed import Groups, on_leader, start, stop
+from rpo_megatron.distributed import Groups, barrier, start, stop
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import ScoringModel, build
 from rpo_megatron.model.hf_io import HFWriter, copy_companions
@@ -21,6 +21,7 @@ def export(config: ExportConfig) -> None:
     source = find(config.load)
     if source.kind != "checkpoint":
         raise UserError(f"'{config.load}' is a Hugging Face directory already; give a checkpoint or a run directory")
+    _check_is_new(config.save)
     precision = read_state(source.path)["precision"]
     shape = read_shape(source.hf)
     check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
@@ -43,16 +44,15 @@ def write_hf(model: ScoringModel, config: ExportConfig, companions: Path, *, dty
             for name, tensor in tensors:
                 writer.add(name, tensor)
             copy_companions(companions, writer.staging, dtype=dtype)
-    on_leader(lambda: None)  # all wait until the directory has its name
+    barrier()  # all wait until the directory has its name
 
 
 def import_(config: ImportConfig) -> None:
     """Write a weights-only checkpoint; `model.path` may point at it, under any layout."""
     groups = start(ParallelConfig(tensor=config.tensor, pipeline=config.pipeline))
     source = find(config.load)
+    _check_is_new(config.save)
     directory = Path(config.save)
-    if directory.exists():
-        raise UserError(f"save: '{directory}' exists already; give a directory that does not")
     shape = read_shape(source.hf)
     check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
     model = build(shape, precision=config.precision, sequence_parallel=False, groups=groups)
@@ -70,3 +70,8 @@ def import_(config: ImportConfig) -> None:
     if groups.leads:
         print(f"imported {source.path} ({num_parameters(shape):,} parameters, {config.precision}) -> {directory}")
     stop()
+
+
+def _check_is_new(directory: str) -> None:
+    if Path(directory).exists():
+        raise UserError(f"save: '{directory}' exists already; give a directory that does not")

@@ -14,8 +14,9 @@ from rpo_megatron.model.build import build
 from rpo_megatron.model.source import Source, find, newest_checkpoint
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
+from rpo_megatron.objectives.statistics import Stats
 from rpo_megatron.training.checkpoint import load_weights
-from rpo_megatron.training.forward import Stats, merge_stats, run_objective, to_device
+from rpo_megatron.training.forward import merge_stats, run_objective, to_device
 from rpo_megatron.training.metrics import Reducer, format_line
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve

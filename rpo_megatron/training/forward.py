@@ -21,9 +21,7 @@ from rpo_megatron.model.logprobs import response_logps
 from rpo_megatron.model.row import Row, Segments
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.responses import Responses
-
-Stats = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""name -> (sum, count): what is logged is their quotient, after both were summed over everything."""
+from rpo_megatron.objectives.statistics import Stats
 
 
 @dataclass(frozen=True, kw_only=True)

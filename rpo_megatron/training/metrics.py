@@ -14,7 +14,8 @@ import torch
 from rpo_megatron.config import LoggingConfig
 from rpo_megatron.distributed import Groups, gather_objects, sum_over_world
 from rpo_megatron.fileio import write_text_atomically
-from rpo_megatron.training.forward import Stats, merge_stats
+from rpo_megatron.objectives.statistics import Stats
+from rpo_megatron.training.forward import merge_stats
 
 METRICS_FILE = "metrics.jsonl"
 COLUMNS = (  # name, label, format
@@ -95,7 +96,10 @@ class Metrics:
         return step % self._every == 0 or step == self._num_steps
 
     def log(self, step: int, *, lr: float, grad_norm: float) -> None:
-        """Average over the steps since the last line, print and write. Every rank must call this."""
+        """Average over the steps since the last line, print and write; lr and grad_norm are the last step's.
+
+        Every rank must call this.
+        """
         reduced = self._reduce(self._stats, tokens=self._tokens)
         seconds = time.perf_counter() - self._since
         record = {

@@ -234,6 +234,8 @@ def _positive(config: RunConfig) -> None:
     at_least_one = {
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
+        "parallel.timeout_minutes": config.parallel.timeout_minutes,
+        "optimizer.eps": config.optimizer.eps,
         "train.steps": config.train.steps,
         "train.epochs": config.train.epochs,
         "train.stop_at": config.train.stop_at,
@@ -246,6 +248,9 @@ def _positive(config: RunConfig) -> None:
     for key, value in at_least_one.items():
         if value is not None and (value <= 0 or (isinstance(value, int) and value < 1)):
             raise UserError(f"{key} must be positive, found {value}")
+    for key, beta in (("optimizer.beta1", config.optimizer.beta1), ("optimizer.beta2", config.optimizer.beta2)):
+        if not 0 <= beta < 1:
+            raise UserError(f"{key} must be in [0, 1), found {beta}")
     not_negative = {
         "optimizer.lr": config.optimizer.lr,
         "optimizer.min_lr": config.optimizer.min_lr,

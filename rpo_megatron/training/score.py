@@ -12,7 +12,7 @@ import torch
 
 from rpo_megatron.config import RunConfig
 from rpo_megatron.data.store import Store, write_reference
-from rpo_megatron.distributed import Groups, on_leader, start, stop, sum_over_world
+from rpo_megatron.distributed import Groups, barrier, start, stop, sum_over_world
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import ScoringModel
 from rpo_megatron.training.evaluate import make_loader
@@ -39,7 +39,13 @@ def _score_store(plan: Plan, store: Store, model: ScoringModel, groups: Groups) 
     blocks = _scored_blocks(plan, store, model, groups)
     if groups.leads:
         began = time.perf_counter()
-        write_reference(store, _by_group(store, blocks), identity=plan.reference_identity(store))
+        try:
+            write_reference(store, _by_group(store, blocks), identity=plan.reference_identity(store))
+        except ValueError as error:
+            raise UserError(
+                f"{error}; the model in {plan.reference_source.path} gives no such numbers in {plan.config.precision}: "
+                f"look at its weights, or try precision=fp32"
+            ) from error
         seconds = time.perf_counter() - began
         print(
             f"scored {store.prefix}: {len(store):,} groups with {plan.reference_source.path} "
@@ -50,7 +56,7 @@ def _score_store(plan: Plan, store: Store, model: ScoringModel, groups: Groups) 
     else:
         for _ in blocks:
             pass
-    on_leader(lambda: None)  # the others must not run ahead into a store that is still being written
+    barrier()  # the others must not run ahead into a store that is still being written
 
 
 def _scored_blocks(plan: Plan, store: Store, model: ScoringModel, groups: Groups) -> Iterator[np.ndarray]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.objectives.objective import Objective
-from rpo_megatron.training.forward import Batch, Stats, run_objective
+from rpo_megatron.objectives.statistics import Stats
+from rpo_megatron.training.forward import Batch, run_objective
 from rpo_megatron.training.optimizer import set_learning_rate
 
 

@@ -96,7 +96,7 @@ def build_run(plan: Plan, groups: Groups) -> Run:
     if resume_from is not None:
         fresh = _run_state(plan, step=0)
         first_step = checkpoint.load(policy, optimizer, directory=resume_from, expected=fresh, groups=groups).step
-        on_leader(lambda: drop_records_after(config.run_dir, first_step))
+    on_leader(lambda: _take_over(config, first_step))
     reference = build_reference(plan, groups)
     evaluation = None
     if config.evaluation.every:
@@ -116,7 +116,7 @@ def build_run(plan: Plan, groups: Groups) -> Run:
 
 
 def _open_run_dir(config: RunConfig) -> Path | None:
-    """Make the run directory, save the resolved config in it, and say which checkpoint to go on from."""
+    """Make the run directory and say which checkpoint to go on from."""
 
     def action() -> Path | None:
         newest = newest_checkpoint(config.run_dir)
@@ -126,10 +126,15 @@ def _open_run_dir(config: RunConfig) -> Path | None:
                 f"run_dir, or checkpoint.resume=auto to go on from {newest.name}"
             )
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        config_io.write(config, Path(config.run_dir) / "config.yaml")
         return newest
 
     return on_leader(action)
+
+
+def _take_over(config: RunConfig, first_step: int) -> None:
+    """From here on the run directory is this run's: not earlier, because its checkpoint may have refused the config."""
+    drop_records_after(config.run_dir, first_step)
+    config_io.write(config, Path(config.run_dir) / "config.yaml")
 
 
 def _load_start(plan: Plan, policy: ScoringModel, groups: Groups) -> None:

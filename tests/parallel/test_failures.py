@@ -60,3 +60,18 @@ def test_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch: py
     assert newest is not None
     assert newest.name == "step-00000003"
     assert sorted(path.name for path in newest.parent.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+
+
+def test_going_back_does_not_remove_what_is_written_next(tmp_path: Path) -> None:
+    """Catches a clean-up by step number alone: after `latest` was pointed back, it would remove the checkpoint that it
+    has just written in favour of later ones of the abandoned branch."""
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(dump(tiny.run_config(tmp_path, "checkpoint.every=1", "checkpoint.keep=3")))
+    assert cli.main(["train", str(yaml)]) == 0
+    stop()
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "latest").write_text("step-00000001\n")
+    assert cli.main(["train", str(yaml), "train.stop_at=2", "checkpoint.keep=1"]) == 0
+    stop()
+    assert newest_checkpoint(tmp_path / "run") == folder / "step-00000002"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000002", "step-00000003"]

@@ -52,6 +52,7 @@ def trained(tmp_path: Path) -> Path:
         ("train.epochs=1", ["train.steps", "train.epochs", "one of"]),
         ("train.groups_per_step=0", ["train.groups_per_step", "positive"]),
         ("optimizer.min_lr=1e-4", ["optimizer.min_lr", "not used", "cosine"]),
+        ("optimizer.beta2=1.5", ["optimizer.beta2", "[0, 1)"]),
         ("optimizer.lr=.inf", ["optimizer.lr", "inf"]),
         ("evaluation.every=1", ["evaluation.every", "data.valid"]),
         ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor > 1"]),
@@ -166,9 +167,11 @@ def test_checkpoint_of_another_run(
     tiny.write_store(tmp_path / "second", num_groups=9, seed=3)
     tiny.write_model(tmp_path / "other", seed=9)
     tiny.write_model(tmp_path / "wide", intermediate_size=64)
+    before = (trained / "config.yaml").read_text()
     message = fails("train", *(override.format(directory=tmp_path) for override in overrides))
     for word in words:
         assert word in message
+    assert (trained / "config.yaml").read_text() == before, "a refused run leaves the directory as it was"
 
 
 def test_damaged_checkpoints(trained: Path, fails: Rpo) -> None:
@@ -181,6 +184,8 @@ def test_damaged_checkpoints(trained: Path, fails: Rpo) -> None:
     shard.unlink()
     assert shard.name in fails("train")
     shard.write_bytes(good)
+    (checkpoint / "hf" / "config.json").write_text("{}")
+    assert "hf/config.json" in fails("train")
     state = (checkpoint / "state.json").read_text()
     (checkpoint / "state.json").write_text(state[: len(state) // 2])
     assert "damaged" in fails("train")
