@@ -7,6 +7,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARITY_STAMP := $(VENV)/.installed-parity
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
@@ -19,15 +20,17 @@ else ifneq ($(wildcard $(STAMP)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test checks lint types format clean
+.PHONY: help setup quickstart test test-parity readme checks lint types format clean
 
 help:
 	@echo 'make quickstart [MODEL=dir DATA=file SHORT=1]   preference data -> trained policy -> report, on this machine'
 	@echo 'make test [ARGS="-k name"]                      all tests that can run on this machine'
+	@echo 'make test-parity [ARGS="-k name"]               install TRL and compare our losses with its own'
 	@echo 'make checks                                     lint + types'
 	@echo 'make lint                                       ruff: rules and formatting'
 	@echo 'make types                                      mypy'
 	@echo 'make format                                     let ruff rewrite the files'
+	@echo 'make readme                                     write the table of methods into README.md'
 	@echo 'make setup                                      only make or update the environment'
 	@echo 'make clean                                      remove the environment and the caches'
 	@echo
@@ -40,6 +43,9 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
+test-parity: $(PARITY_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity $(ARGS)
+
 checks: lint types
 
 lint: $(STAMP)
@@ -48,6 +54,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy rpo_megatron
+
+readme: $(STAMP)
+	$(BIN)/python tools/update_readme.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -70,6 +79,11 @@ $(STAMP): setup.py $(wildcard tools/env/constraints-*.txt)
 	@$(PIP) --constraint $(constraints) torch
 	@echo 'installing rpo_megatron, editable, with what it needs ($(constraints))'
 	@$(PIP) --constraint $(constraints) --editable '.[dev]'
+	@touch $@
+
+$(PARITY_STAMP): $(STAMP)
+	@echo 'installing TRL'
+	@$(PIP) --constraint $(constraints) --editable '.[parity]'
 	@touch $@
 
 clean:

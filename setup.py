@@ -42,6 +42,8 @@ setup(
         # Builds against the installed torch and CUDA: pip install --no-build-isolation '.[te]'. Never add `apex`: what
         # PyPI has under that name is another project, and megatron-core takes its presence for NVIDIA's.
         "te": ["transformer-engine[pytorch]>=2.9,<3"],
+        # Exactly this version: tests/parity calls methods that are not part of TRL's interface.
+        "parity": ["trl==1.16.0"],
         "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.0", "ruff>=0.9"],
     },
 )

@@ -11,8 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from rpo_megatron import __version__, config, config_io, knobs
@@ -32,6 +32,8 @@ class Verb:
     config: type
     positional: str | None = None
     """Key that a bare word sets, for verbs whose main argument is a path."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Options that read better than the key they set: `--with value` is `score.what=value`."""
     megatron: bool = False
     """True if it imports megatron-core, which must then be able to run without CUDA."""
 
@@ -50,23 +52,24 @@ VERBS: dict[str, Verb] = {
     ),
     "config": Verb(
         summary="print the resolved config of a run and the sizes that follow from it",
-        run="rpo_megatron.training.resolve:print_config",
+        run="rpo_megatron.training.describe:print_config",
         config=config.RunConfig,
     ),
     "methods": Verb(
         summary="print the table of objectives and their knobs",
-        run="rpo_megatron.objectives.methods:print_methods",
+        run="rpo_megatron.objectives.show:print_methods",
         config=config.MethodsConfig,
         positional="name",
     ),
     "score": Verb(
-        summary="write the reference's log-probabilities next to the stores of a run",
+        summary="write the reference's log-probabilities, or a model's rewards, next to the stores of a run",
         run="rpo_megatron.training.score:score",
         config=config.RunConfig,
+        options={"--with": "score.what"},
         megatron=True,
     ),
     "train": Verb(
-        summary="train a policy",
+        summary="train a policy or a reward model",
         run="rpo_megatron.training.train:train",
         config=config.RunConfig,
         megatron=True,
@@ -154,11 +157,18 @@ def _run(verb_name: str, words: list[str]) -> None:
 def _load(verb: Verb, words: list[str]) -> Any:
     file: str | None = None
     overrides: list[str] = []
-    for word in words:
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
         if word.endswith((".yaml", ".yml")) and "=" not in word:
             if file is not None:
                 raise UserError(f"two config files: '{file}' and '{word}'; give one, and overrides as key.path=value")
             file = word
+        elif option in verb.options:
+            value = value if equals else next(rest, "")
+            if not value:
+                raise UserError(f"{option} needs a word after it; it sets {verb.options[option]}")
+            overrides.append(f"{verb.options[option]}={value}")
         elif "=" in word and not word.startswith("-"):
             overrides.append(word)
         elif verb.positional is not None and not word.startswith("-"):
@@ -221,4 +231,7 @@ def _usage() -> str:
 
 def _verb_usage(name: str, verb: Verb) -> str:
     word = f" {verb.positional.upper()}" if verb.positional else " [FILE.yaml]"
-    return f"usage: rpo {name}{word} [key.path=value ...]\n\n{verb.summary}\n\n{knobs.describe(verb.config)}"
+    options = "".join(f" [{option} WORD]" for option in verb.options)
+    same = "".join(f"{option} WORD is {key}=WORD.\n\n" for option, key in verb.options.items())
+    usage = f"usage: rpo {name}{word}{options} [key.path=value ...]"
+    return f"{usage}\n\n{verb.summary}\n\n{same}{knobs.describe(verb.config)}"

@@ -37,28 +37,78 @@ class DataConfig:
     """Tokens in a packed row. A group that is longer gets a longer row of its own."""
     packing: bool = True
     """False puts every group in a row of its own (slower; the results are the same)."""
+    source_column: str | None = None
+    """Column of the store that is not 0 for responses of other models than the one that training starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig:
+    """Which numbers of the store are the explicit reward r(x, y), and what happens to them before an objective sees
+    them. `rpo inspect PREFIX` lists the columns of a store."""
+
+    columns: tuple[str, ...] = ()
+    """Reward columns by name; empty means the store's `reward`, or its only one. Of several, a method that reads one
+    reward gets their mean, one that reads an ensemble gets each."""
+    standardise: Literal["none", "dataset", "group"] = "none"
+    """Subtract the mean and divide by the standard deviation: of the column over the training store (the held-out
+    store too is scaled by these), or of each group by itself (rewards that are all equal become 0)."""
+    clip: float | None = None
+    """After that, cut rewards off at -clip and +clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Which knobs a method reads, and their defaults, is said by its row in objectives/methods.py; setting one that
-    it does not read is an error."""
+    """Which knobs a method reads, and their defaults, is said by its row in objectives/methods.py (`rpo methods NAME`);
+    setting one that it does not read is an error."""
 
     method: str
     """Name of a row of METHODS, e.g. rpo_bwd, rpo_sqloo, dpo, ipo, sft."""
     beta: float | None = None
-    """Scale of the implicit reward beta * log(pi/pi_ref)."""
+    """Scale of the policy's score: of the log-ratio log(pi/pi_ref), or of the log-probability in methods without a
+    reference."""
     eta: float | None = None
     """Scale of the explicit reward."""
+    alpha: float | None = None
+    """AlphaPO: shape of the reward; 0 is SimPO."""
+    gamma: float | None = None
+    """SimPO, AlphaPO: margin by which the better response has to win. Give this or gamma_beta_ratio."""
+    gamma_beta_ratio: float | None = None
+    """The same margin as a multiple of beta."""
     label_smoothing: float | None = None
     """Probability that a preference label is wrong, in [0, 0.5)."""
-    pair: Literal["best_random", "best_worst"] | None = None
-    """How a pair method picks two of K responses: the best and a random other (the RPO paper's protocol), or the best
-    and the worst."""
+    win_scale: float | None = None
+    """DNO: scale s of the rewards in the win probability P(y beats y') = sigmoid(s (r - r'))."""
+    pair: Literal["best_random", "best_worst", "all_pairs"] | None = None
+    """How a pair method picks two of K responses: the best and a random other (the RPO paper's protocol), the best and
+    the worst, or every pair with unequal rewards, averaged."""
     log_ratio: Literal["sum", "mean"] | None = None
     """Sum log-ratios over a response's tokens (the papers' definition), or average them per token."""
+    source_weight: float | None = None
+    """WRPO: weight of the other models' best response in the preferred side (the paper's alpha)."""
+    source_schedule: Literal["linear", "constant"] | None = None
+    """WRPO: let source_weight grow linearly from 0 over the run, or keep it constant."""
+    kl_weight: float | None = None
+    """Weight of the explicit regulariser KL(pi_ref || pi)."""
+    kl_estimator: Literal["token", "sample"] | None = None
+    """How that is estimated on responses of the reference: `token`, exactly over the vocabulary at every token (needs
+    reference.mode=resident), or `sample`, by -log pi (no reference at all)."""
+    kl_samples: Literal["all", "own"] | None = None
+    """Which responses are taken for samples of the reference: all, or those that data.source_column does not say come
+    from another model."""
+    odds_weight: float | None = None
+    """ORPO: weight of the odds-ratio term (the paper's lambda)."""
+    desirable_weight: float | None = None
+    """KTO: weight of the better response."""
+    undesirable_weight: float | None = None
+    """KTO: weight of the worse response."""
+    kl_baseline: Literal["group", "zero"] | None = None
+    """KTO: what a log-ratio is compared with: the group's mean log-ratio (if positive), or 0."""
     responses: Literal["best", "all"] | None = None
-    """Which responses the negative log-likelihood is taken of: the best-rewarded of each group, or all."""
+    """sft: learn from the best-rewarded response of each group, or from all."""
+    nll_weight: float | None = None
+    """Weight of an anchor: negative log-likelihood per token, beside the method's own loss."""
+    nll_on: Literal["best", "all", "weighted"] | None = None
+    """Responses of the anchor: the best of each group, all, or all weighted by the softmax of their rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +167,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What `rpo score` writes next to data.train and data.valid."""
+
+    what: Literal["reference", "value", "implicit", "logp"] = "reference"
+    """`reference`: log-probabilities of the frozen reference, for reference.mode=stored. The others become a column
+    that `rewards.columns` can name: `value`, the scalar of a trained reward model; `implicit`, the implicit reward of
+    a trained policy, as objective.method defines it; `logp`, its summed log-probabilities."""
+    column: str | None = None
+    """Name of the column; null means the word of `what`."""
+    checkpoint: str | None = None
+    """Weights of the scoring model (not of the reference): a checkpoint, a Hugging Face directory, or `start` for
+    model.path; null means the newest checkpoint of run_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 0
     """Steps between evaluations on data.valid during training (also before the first and after the last step);
@@ -156,10 +221,12 @@ class RunConfig:
     data: DataConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -193,6 +260,10 @@ class ColumnsConfig:
     """Column of the preferred response's reward."""
     rejected_reward: str | None = None
     """Column of the other response's reward."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Further numbers per response, stored as columns of their own: NAME: COLUMN. COLUMN is a key of each response
+    object, or a list parallel to `responses`; of a pair it is COLUMN behind `chosen_` and `rejected_`. For example
+    columns.extra.helpful=annotations.helpfulness. true counts 1, false 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,3 +353,5 @@ class MethodsConfig:
 
     name: str | None = None
     """A method; null prints the table."""
+    format: Literal["text", "markdown"] = "text"
+    """How the table is printed; `markdown` is what the README shows."""

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -88,6 +88,8 @@ def _apply(cls: type, tree: dict[str, Any], override: str) -> None:
 
 def _field_type(cls: type, key: str) -> Any:
     for part in key.split("."):
+        if get_origin(cls) is dict:
+            return get_args(cls)[1]
         if not dataclasses.is_dataclass(cls):
             return None
         cls = get_type_hints(cls).get(part, type(None))

@@ -17,13 +17,23 @@ def describe(config: type, *, prefix: str = "") -> str:
         if dataclasses.is_dataclass(hints[spec.name]):
             lines.append(describe(hints[spec.name], prefix=f"{prefix}{spec.name}."))
             continue
-        default = "must be given" if spec.default is dataclasses.MISSING else f"default {_show(spec.default)}"
+        default = "must be given" if _is_mandatory(spec) else f"default {_show(_default(spec))}"
         lines.append(f"  {prefix}{spec.name}: {_type_name(hints[spec.name])} ({default})")
         lines.append(textwrap.fill(texts.get(spec.name, ""), 112, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 
 
+def _is_mandatory(spec: "dataclasses.Field[Any]") -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _default(spec: "dataclasses.Field[Any]") -> object:
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+
+
 def _show(value: object) -> str:
+    if value in ((), {}):
+        return "empty"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -35,6 +45,10 @@ def _type_name(hint: Any) -> str:
         return " | ".join(map(_type_name, get_args(hint)))
     if hint is type(None):
         return "null"
+    if get_origin(hint) is tuple:
+        return f"list of {_type_name(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return f"NAME: {_type_name(get_args(hint)[1])}"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

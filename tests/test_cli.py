@@ -52,6 +52,7 @@ def test_verbs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert f"usage: rpo {name}" in shown
     assert all(f"  {knob}" in shown for knob in knobs)
+    assert all(f"[{option} WORD]" in shown and f"  {key}: " in shown for option, key in verb.options.items())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +75,20 @@ def test_a_bare_word_is_the_main_argument(ran: list[Any]) -> None:
     assert ran == [config.InspectConfig(prefix="data/train", examples=1)]
 
 
+@pytest.mark.parametrize("option", [["--with", "value"], ["--with=value"], ["score.what=value"]])
+def test_options_are_other_names_of_keys(tmp_path: Path, ran: list[Any], option: list[str]) -> None:
+    """`rpo score run.yaml --with value` must not be read as a key, a file or a bare word, wherever it stands."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "run_dir: r\nmodel: {path: m}\ndata: {train: t}\nobjective: {method: dpo}\noptimizer: {lr: 1e-4}\n"
+        "score: {what: logp}\n"
+    )
+    for words in (["score", str(file), *option, "seed=7"], ["score", *option, "seed=7", str(file)]):
+        assert cli.main(words) == 0
+    assert ran[0] == ran[1]
+    assert (ran[0].score.what, ran[0].seed) == ("value", 7)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -87,6 +102,10 @@ def test_a_bare_word_is_the_main_argument(ran: list[Any]) -> None:
         (["export", "a"], "'save' must be given"),
         (["export", "a", "save=b", "tensr=2"], "unknown key 'tensr'; did you mean 'tensor'"),
         (["methods", "dpoo"], "did you mean 'dpo'"),
+        (["score", "a.yaml", "--with"], "--with needs a word after it; it sets score.what"),
+        (["score", "--with="], "--with needs a word after it"),
+        (["train", "--with", "value"], "cannot read '--with'"),
+        (["score", "--width=value"], "cannot read '--width=value'"),
     ],
 )
 def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rpo_megatron.config import RunConfig
 from rpo_megatron.config_io import load
 from rpo_megatron.data.manifest import TokenizerInfo
-from rpo_megatron.data.store import StoreWriter
+from rpo_megatron.data.writer import StoreWriter
 from rpo_megatron.model.hf import entries
 from rpo_megatron.model.shape import read_shape
 
@@ -51,8 +51,18 @@ def write_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
     return directory
 
 
-def write_store(prefix: Path, *, num_groups: int, seed: int = 0, max_responses: int = 4, rewards: bool = True) -> str:
-    """Random groups of 2 to `max_responses` responses, with rewards in [0, 1]."""
+def write_store(
+    prefix: Path,
+    *,
+    num_groups: int,
+    seed: int = 0,
+    max_responses: int = 4,
+    rewards: bool = True,
+    columns: tuple[str, ...] = (),
+    source_column: str | None = None,
+) -> str:
+    """Random groups of 2 to `max_responses` responses, with rewards in [0, 1], further columns likewise, and a source
+    column that is 1 for every other response."""
     rng = np.random.default_rng(seed)
     info = TokenizerInfo(path="none", fingerprints={}, vocab_size=LLAMA["vocab_size"], bos_id=1, eos_id=2)
     with StoreWriter(str(prefix), tokenizer=info) as writer:
@@ -62,6 +72,8 @@ def write_store(prefix: Path, *, num_groups: int, seed: int = 0, max_responses: 
                 rng.integers(3, 131, size=rng.integers(2, 12)),
                 [rng.integers(3, 131, size=rng.integers(1, 14)) for _ in range(k)],
                 rng.random(k).astype(np.float32) if rewards else None,
+                {name: rng.random(k).astype(np.float32) for name in columns}
+                | ({source_column: np.arange(k) % 2} if source_column else {}),
             )
         writer.finish()
     return str(prefix)

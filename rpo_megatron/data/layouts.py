@@ -9,15 +9,15 @@ Recognised by themselves (`|` separates alternatives):
     any of these with messages [{role, content}] for the prompt, and for a response its assistant message, alone or
     behind the whole conversation
 
-Everything else is mapped by ColumnsConfig. Pairs without rewards get 1 for chosen and 0 for rejected (as in
-NeMo-Aligner), which the manifest records as reward source `preference`.
+Everything else is mapped by ColumnsConfig; its `extra` are further numbers per response. Pairs without rewards get 1
+for chosen and 0 for rejected (as in NeMo-Aligner), which the manifest records as reward source `preference`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rpo_megatron.config import ColumnsConfig
-from rpo_megatron.data.manifest import RewardSource
+from rpo_megatron.data.manifest import COLUMN_NAME, REWARD, RewardSource
 from rpo_megatron.errors import UserError, nearest
 
 Messages = list[dict[str, str]]
@@ -53,17 +53,22 @@ class RawGroup:
     reward_source: RewardSource | None
     transcript: bool = False
     """The prompt was cut off full transcripts: it is laid out as a conversation already."""
+    columns: dict[str, list[float]] = field(default_factory=dict)
+    """Further numbers by name, one finite number per response each."""
 
 
 def check_columns(columns: ColumnsConfig) -> None:
     """Raises UserError when the mapping describes two layouts at once."""
-    given = {spec.name for spec in fields(columns) if getattr(columns, spec.name) is not None}
+    given = {spec.name for spec in fields(columns) if getattr(columns, spec.name)}
     listed = sorted(given & {"responses", "text", "reward", "rewards"})
     paired = sorted(given & {"chosen", "rejected", "chosen_reward", "rejected_reward"})
     if listed and paired:
         raise UserError(f"columns.{listed[0]} and columns.{paired[0]} belong to different layouts: give one of them")
     if {"reward", "rewards"} <= given:
         raise UserError("columns.reward (in each response) and columns.rewards (a list) exclude each other")
+    for name in columns.extra:
+        if not COLUMN_NAME.fullmatch(name) or name == REWARD:
+            raise UserError(f"columns.extra.{name}: a name has letters, digits, _ and - only, and is not '{REWARD}'")
 
 
 def parse_row(row: dict[str, Any], *, where: str, columns: ColumnsConfig) -> RawGroup:
@@ -111,13 +116,43 @@ class _Row:
         given = getattr(self._columns, role)
         if given is None:
             return next((tree[name] for name in DEFAULTS[role] if tree.get(name) is not None), None)
+        return self.dig(given, tree, role=role)
+
+    def dig(self, path: str, tree: dict[str, Any], *, role: str) -> Any:
+        """The value at a dotted path, which must exist; `role` is the field of ColumnsConfig that names it."""
         value: Any = tree
-        for part in [given] if given in tree else given.split("."):
+        for part in [path] if path in tree else path.split("."):
             if not isinstance(value, dict) or part not in value:
-                hint = nearest(given, map(str, tree))
-                raise self.error(given, f"missing (columns.{role} names it){hint}; found {', '.join(map(str, tree))}")
+                hint = nearest(path, map(str, tree))
+                raise self.error(path, f"missing (columns.{role} names it){hint}; found {', '.join(map(str, tree))}")
             value = value[part]
         return value
+
+    def extra_of_list(self, items: list[Any], *, name: str) -> dict[str, list[float]]:
+        """columns.extra of a list of responses: a key of each object or, where responses are not objects or lack it, a
+        list of the row, one number per response. `name` is the column of the responses."""
+        columns = {}
+        for key, path in self._columns.extra.items():
+            role, first = f"extra.{key}", path if path in self._tree else path.split(".")[0]
+            in_objects = all(isinstance(item, dict) for item in items) and first not in self._tree
+            if in_objects:
+                values = [self.dig(path, item, role=role) for item in items]
+                where = [f"{name}[{i}].{path}" for i in range(len(items))]
+            else:
+                values = self.dig(path, self._tree, role=role)
+                if not isinstance(values, list) or len(values) != len(items):
+                    raise self.error(path, f"expected {len(items)} numbers, one per response; found {values!r:.80}")
+                where = [f"{path}[{i}]" for i in range(len(items))]
+            columns[key] = _numbers(self, values, where)
+        return columns
+
+    def extra_of_pair(self) -> dict[str, list[float]]:
+        """columns.extra of a pair: the column with `chosen_` and with `rejected_` in front."""
+        columns = {}
+        for key, path in self._columns.extra.items():
+            where = [f"chosen_{path}", f"rejected_{path}"]
+            columns[key] = _numbers(self, [self.dig(name, self._tree, role=f"extra.{key}") for name in where], where)
+        return columns
 
     def error(self, column: str, what: str) -> UserError:
         return UserError(f"{self.where}: column '{column}': {what}")
@@ -151,7 +186,9 @@ def _parse_list(row: _Row) -> RawGroup:
     prompt = _prompt(row)
     if prompt is None and isinstance(texts[0], str):
         raise row.error(row.name("prompt"), "missing; name the prompt's column with columns.prompt")
-    return _group(row, prompt, texts, columns=[name] * len(texts), rewards=_rewards(row, rewards, reward_columns))
+    extra = row.extra_of_list(items, name=name)
+    rewards_K = _rewards(row, rewards, reward_columns)
+    return _group(row, prompt, texts, columns=[name] * len(texts), rewards=rewards_K, extra=extra)
 
 
 def _parse_pair(row: _Row) -> RawGroup:
@@ -163,12 +200,13 @@ def _parse_pair(row: _Row) -> RawGroup:
     values = list(map(row.get, roles)) if has_columns else [1.0, 0.0]
     rewards = _rewards(row, values, list(map(row.name, roles)))
     source: RewardSource = "given" if has_columns else "preference"
+    extra = row.extra_of_pair()
     prompt = _prompt(row)
     if prompt is None and all(isinstance(text, str) for text in texts):
         prompt = _transcript_prompt(row, texts)
         texts = [text[len(prompt) :] for text in texts]
-        return _group(row, prompt, texts, columns=columns, rewards=rewards, source=source, transcript=True)
-    return _group(row, prompt, texts, columns=columns, rewards=rewards, source=source)
+        return _group(row, prompt, texts, columns=columns, rewards=rewards, extra=extra, source=source, transcript=True)
+    return _group(row, prompt, texts, columns=columns, rewards=rewards, extra=extra, source=source)
 
 
 def _group(
@@ -178,6 +216,7 @@ def _group(
     *,
     columns: list[str],
     rewards: list[float] | None,
+    extra: dict[str, list[float]],
     source: RewardSource = "given",
     transcript: bool = False,
 ) -> RawGroup:
@@ -195,6 +234,7 @@ def _group(
         rewards=rewards,
         reward_source=None if rewards is None else source,
         transcript=transcript,
+        columns=extra,
     )
 
 
@@ -291,11 +331,24 @@ def transcript_messages(prompt: str) -> Messages | None:
 
 def _rewards(row: _Row, values: list[Any], columns: list[str]) -> list[float] | None:
     """None when any is missing. Every one that is there must be a number that float32 holds."""
-    for value, column in zip(values, columns, strict=True):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and abs(value) <= FLOAT32_MAX):  # NaN compares false
+    present = [(value, column) for value, column in zip(values, columns, strict=True) if value is not None]
+    for value, column in present:
+        if isinstance(value, bool) or not _is_finite(value):
             raise row.error(column, f"expected a finite number, found {value!r:.80}")
-    return None if any(value is None for value in values) else [float(value) for value in values]
+    return None if len(present) < len(values) else [float(value) for value in values]
+
+
+def _numbers(row: _Row, values: list[Any], columns: list[str]) -> list[float]:
+    """Every one must be there; true counts 1, false 0."""
+    for value, column in zip(values, columns, strict=True):
+        if not _is_finite(value):
+            raise row.error(column, f"expected a finite number, true or false; found {_kind(value)}")
+    return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    """A number (or a truth value) that float32 holds."""
+    return isinstance(value, int | float) and abs(value) <= FLOAT32_MAX  # NaN compares false
 
 
 def _kind(value: Any) -> str:

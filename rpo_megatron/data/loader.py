@@ -96,7 +96,11 @@ class Loader:
     def _row(self, ids: np.ndarray, draws: np.ndarray) -> MicroBatch:
         if ids.size == 0:
             return empty_row(
-                multiple=self._multiple, has_reward=self._store.has_reward, has_reference=self._store.has_reference
+                multiple=self._multiple,
+                has_reward=self._store.has_reward,
+                has_reference=self._store.has_reference,
+                num_rewards=self._store.num_rewards,
+                has_source=self._store.has_source,
             )
         groups = [self._store.group(int(i)) for i in ids]
         return build_row(groups, ids=ids, draws=draws, multiple=self._multiple)

@@ -3,6 +3,7 @@
 Small whatever the size of the store (no list per group), written last: a store without manifest does not open.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ FORMAT = 1
 """Raised when a store of the older format can no longer be read."""
 
 R = TypeVar("R")
+REWARD = "reward"
+"""Name of the column that the main manifest describes; every other is a sidecar with a manifest of its own."""
+COLUMN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 RewardSource = Literal["given", "preference"]
 """`given`: rewards of the data. `preference`: pair data without rewards, where chosen counts 1 and rejected 0."""
 
@@ -89,6 +93,32 @@ class Manifest:
     """Responses whose first token would have swallowed the end of the prompt and were tokenized on their own."""
     files: dict[str, FileInfo]
     """Suffix (`bin`, `idx`, `reward.bin`, `reward.idx`) -> size and checksum of PREFIX.suffix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceManifest:
+    """PREFIX.ref_logp.json."""
+
+    format: int
+    tokens: str
+    """`token_fingerprint` of the store that was scored."""
+    identity: dict[str, str]
+    """What made the numbers: fingerprints of weights, tokenizer, template and numerics."""
+    files: dict[str, FileInfo]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnManifest:
+    """PREFIX.column.NAME.json."""
+
+    format: int
+    tokens: str
+    """`token_fingerprint` of the store that the column belongs to."""
+    name: str
+    statistics: RewardStatistics
+    identity: dict[str, str]
+    """What made the numbers; empty for a column of the input."""
+    files: dict[str, FileInfo]
 
 
 def write_record(record: Any, path: Path) -> None:

@@ -1,7 +1,7 @@
 """MicroBatch: one row of packed tokens that holds whole groups. Made by packing.py; read by the model and the step.
 
 Shapes (the legend of the whole project): T tokens of the row, N scored tokens, G groups, K responses of the widest
-group, S segments.
+group, S segments, M chosen reward columns.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,16 @@ class MicroBatch:
     length_GK: np.ndarray
     """int64. Response lengths in tokens. The N scored tokens are ordered by (group, response, token), so these lengths
     are also the runs of the scored arrays; 0 where there is no response."""
+    last_position_GK: np.ndarray
+    """int64. Row position of each response's last token, where a reward model reads its value; 0 where there is no
+    response."""
     reward_GK: np.ndarray | None
-    """float32, or None when the store has no rewards. 0 where there is no response."""
+    """float32, the mean over the chosen reward columns, or None when the store has no rewards. 0 where there is no
+    response."""
+    rewards_GKM: np.ndarray | None
+    """float32, the chosen reward columns one by one, or None when the store has none."""
+    source_GK: np.ndarray | None
+    """bool. True where the response comes from another model (data.source_column); None when no column is named."""
     ref_logp_GK: np.ndarray | None
     """float32 summed log-probabilities under the reference, or None when they are not stored."""
     valid_GK: np.ndarray

@@ -85,6 +85,7 @@ def build_row(groups: Sequence[Group], *, ids: np.ndarray, draws: np.ndarray, mu
     segments = np.array([prompt.size + response.size for prompt, response in pieces], dtype=np.int64)
     ends = np.cumsum(segments)
     scored = [np.arange(end - 1 - response.size, end - 1) for end, (_, response) in zip(ends, pieces, strict=True)]
+    last = iter(ends - 1)
     padding = -int(ends[-1]) % multiple
     tokens = [part for piece in pieces for part in piece] + [np.zeros(padding, dtype=np.int64)]
     segments = np.append(segments, padding) if padding else segments
@@ -95,8 +96,11 @@ def build_row(groups: Sequence[Group], *, ids: np.ndarray, draws: np.ndarray, mu
         scored_position_N=np.concatenate(scored),
         scored_label_N=np.concatenate([response for _, response in pieces]).astype(np.int64, copy=False),
         length_GK=_ragged([[response.size for response in group.responses] for group in groups], np.int64),
-        reward_GK=_column([group.reward for group in groups]),
-        ref_logp_GK=_column([group.ref_logp for group in groups]),
+        last_position_GK=_ragged([[next(last) for _ in group.responses] for group in groups], np.int64),
+        reward_GK=_column([group.reward for group in groups], np.float32),
+        rewards_GKM=_columns([group.rewards for group in groups]),
+        source_GK=_column([group.source for group in groups], np.bool_),
+        ref_logp_GK=_column([group.ref_logp for group in groups], np.float32),
         valid_GK=_ragged([[True] * len(group.responses) for group in groups], np.bool_),
         draw_G=np.asarray(draws, dtype=np.float64),
         group_ids_G=np.asarray(ids, dtype=np.int64),
@@ -104,9 +108,11 @@ def build_row(groups: Sequence[Group], *, ids: np.ndarray, draws: np.ndarray, mu
     )
 
 
-def empty_row(*, multiple: int, has_reward: bool, has_reference: bool) -> MicroBatch:
+def empty_row(
+    *, multiple: int, has_reward: bool, has_reference: bool, num_rewards: int = 0, has_source: bool = False
+) -> MicroBatch:
     """A row of `multiple` padding tokens and one padding group: what a rank computes when others have a row more.
-    Nothing in it is scored (N = 0)."""
+    Nothing in it is scored (N = 0); it has the columns that the others' rows have."""
     nothing_GK = np.zeros((1, 1), dtype=np.float32)
     return MicroBatch(
         tokens_T=np.zeros(multiple, dtype=np.int64),
@@ -115,7 +121,10 @@ def empty_row(*, multiple: int, has_reward: bool, has_reference: bool) -> MicroB
         scored_position_N=np.zeros(0, dtype=np.int64),
         scored_label_N=np.zeros(0, dtype=np.int64),
         length_GK=np.zeros((1, 1), dtype=np.int64),
+        last_position_GK=np.zeros((1, 1), dtype=np.int64),
         reward_GK=nothing_GK if has_reward else None,
+        rewards_GKM=np.zeros((1, 1, num_rewards), dtype=np.float32) if num_rewards else None,
+        source_GK=np.zeros((1, 1), dtype=np.bool_) if has_source else None,
         ref_logp_GK=nothing_GK if has_reference else None,
         valid_GK=np.zeros((1, 1), dtype=np.bool_),
         draw_G=np.zeros(1),
@@ -124,9 +133,17 @@ def empty_row(*, multiple: int, has_reward: bool, has_reference: bool) -> MicroB
     )
 
 
-def _column(values: Sequence[np.ndarray | None]) -> np.ndarray | None:
+def _column(values: Sequence[np.ndarray | None], dtype: type) -> np.ndarray | None:
     present = [value for value in values if value is not None]
-    return _ragged(present, np.float32) if present else None
+    return _ragged(present, dtype) if present else None
+
+
+def _columns(values: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """[K, M] of each group as one [G, K, M] array."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    return np.stack([_ragged(column, np.float32) for column in zip(*(value.T for value in present), strict=True)], -1)
 
 
 def _ragged(rows: Sequence[Sequence | np.ndarray], dtype: type) -> np.ndarray:

@@ -31,9 +31,9 @@ from rpo_megatron.data.layouts import RawGroup, check_columns, parse_row
 from rpo_megatron.data.manifest import Manifest, RewardSource
 from rpo_megatron.data.progress import Progress
 from rpo_megatron.data.readers import RawRow, Source
-from rpo_megatron.data.store import StoreWriter
 from rpo_megatron.data.template import load_template, template_info
 from rpo_megatron.data.tokenizer import Tokenizer
+from rpo_megatron.data.writer import StoreWriter
 from rpo_megatron.errors import UserError
 
 CHUNK = 64
@@ -62,10 +62,10 @@ def prepare(config: PrepareConfig) -> None:
                 collector.add(result)
                 progress.advance(result.num_rows, fraction=result.fraction)
         manifest = collector.finish()
-    print("\n".join(report(config.output_prefix, manifest)))
+    print("\n".join(report(config.output_prefix, manifest, columns=list(config.columns.extra))))
 
 
-def report(prefix: str, manifest: Manifest) -> list[str]:
+def report(prefix: str, manifest: Manifest, *, columns: list[str]) -> list[str]:
     """Lines that say what was written and what was left out."""
     lines = [f"{prefix}: {manifest.groups:,} groups, {manifest.responses:,} responses, {manifest.tokens:,} tokens"]
     if manifest.reward is None:
@@ -73,6 +73,8 @@ def report(prefix: str, manifest: Manifest) -> list[str]:
     else:
         reward = manifest.reward
         lines.append(f"rewards ({reward.source}): mean {reward.mean:.4g}, {reward.all_equal:.1%} of groups all equal")
+    if columns:
+        lines.append(f"further columns: {', '.join(columns)}")
     lines.append(f"{manifest.boundary_merges:>10,}  responses tokenized apart from their prompt (boundary merges)")
     lines += [f"{count:>10,}  dropped: {reason}" for reason, count in manifest.dropped.items()]
     return lines
@@ -88,6 +90,7 @@ class PreparedGroup:
     responses: list[np.ndarray]
     reward: np.ndarray | None
     reward_source: RewardSource | None
+    columns: dict[str, np.ndarray]
     boundary_merges: int
 
 
@@ -141,6 +144,7 @@ def _prepare_group(config: PrepareConfig, chat: Chat, raw: RawGroup, dropped: Co
         responses=[tokenized.responses[i].ids for i in kept],
         reward=None if raw.rewards is None else np.array([raw.rewards[i] for i in kept], dtype=np.float32),
         reward_source=raw.reward_source,
+        columns={name: np.array([values[i] for i in kept], dtype=np.float32) for name, values in raw.columns.items()},
         boundary_merges=sum(tokenized.responses[i].is_boundary_merge for i in kept),
     )
 
@@ -231,7 +235,7 @@ class _Collector:
         for group in result.groups:
             if self._accept(group):
                 reward = group.reward if self._keeps_rewards else None
-                self._writer.add(group.prompt, group.responses, reward)
+                self._writer.add(group.prompt, group.responses, reward, group.columns)
                 self._boundary_merges += group.boundary_merges
             else:
                 self._dropped["group_missing_reward"] += 1

@@ -6,8 +6,10 @@ rpo inspect data/train examples=1 first=17
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from rpo_megatron.config import InspectConfig
-from rpo_megatron.data.manifest import Manifest
+from rpo_megatron.data.manifest import REWARD, Manifest
 from rpo_megatron.data.store import Group, Store
 from rpo_megatron.data.tokenizer import Tokenizer, same_tokenizer, tokenizer_fingerprints
 from rpo_megatron.errors import UserError
@@ -28,7 +30,7 @@ def inspect(config: InspectConfig) -> None:
     if tokenizer is None:
         return
     for i in range(config.first, min(config.first + config.examples, len(store))):
-        print("\n".join(_example(tokenizer, i, store.group(i))))
+        print("\n".join(_example(tokenizer, i, store.group(i), store.numbers(i))))
 
 
 def _tokenizer(config: InspectConfig, manifest: Manifest) -> Tokenizer:
@@ -55,7 +57,7 @@ def _summary(store: Store) -> Iterator[str]:
     yield f"                  {tokenizer.vocab_size:,} entries, BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
     yield f"  chat template   {template.source} {template.fingerprint[:12]}".rstrip()
     yield f"  fingerprint     {store.fingerprint}"
-    yield from _rewards(manifest)
+    yield from _columns(store)
     yield from _reference(store)
     yield "  left out"
     yield from (f"    {count:>10,}  {reason}" for reason, count in manifest.dropped.items())
@@ -66,13 +68,15 @@ def _summary(store: Store) -> Iterator[str]:
     yield from _histogram("group length (prompt + all responses), tokens", manifest.lengths.total, prefix="<= ")
 
 
-def _rewards(manifest: Manifest) -> Iterator[str]:
-    reward = manifest.reward
-    if reward is None:
+def _columns(store: Store) -> Iterator[str]:
+    if not store.columns:
         yield "  rewards         none"
-        return
-    yield f"  rewards         {reward.source}: mean {reward.mean:.6g}, std {reward.std:.6g}"
-    yield f"                  from {reward.min:.6g} to {reward.max:.6g}; all equal in {reward.all_equal:.2%} of groups"
+    for name, column in store.columns.items():
+        numbers = column.statistics
+        title = "rewards" if name == REWARD else f"column {name}"
+        yield f"  {title:<15} {numbers.source}: mean {numbers.mean:.6g}, std {numbers.std:.6g}"
+        yield f"{'':18}from {numbers.min:.6g} to {numbers.max:.6g}; all equal in {numbers.all_equal:.2%} of groups"
+        yield from (f"{'':18}{key}: {value}" for key, value in sorted(column.identity.items()))
 
 
 def _reference(store: Store) -> Iterator[str]:
@@ -95,11 +99,11 @@ def _histogram(title: str, counts: dict[int, int], *, prefix: str) -> Iterator[s
 # ------------------------------------------------------------------------------------------------ examples
 
 
-def _example(tokenizer: Tokenizer, i: int, group: Group) -> Iterator[str]:
+def _example(tokenizer: Tokenizer, i: int, group: Group, numbers: dict[str, np.ndarray]) -> Iterator[str]:
     prompt = group.prompt.tolist()
     yield f"\n=== group {i}: prompt, {len(prompt)} tokens"
     yield BORDER.join(tokenizer.pieces(prompt))
     for k, response in enumerate(group.responses):
-        reward = "" if group.reward is None else f", reward {group.reward[k]:.6g}"
-        yield f"--- group {i}: response {k}, {response.size} tokens{reward}"
+        columns = "".join(f", {name} {values_K[k]:.6g}" for name, values_K in numbers.items())
+        yield f"--- group {i}: response {k}, {response.size} tokens{columns}"
         yield BORDER.join(tokenizer.pieces([*prompt, *response.tolist()])[len(prompt) :])

@@ -1,37 +1,34 @@
-"""The store: groups of a prompt, its K responses and their rewards, on disk (PREFIX.*), reader beside writer.
+"""The store: groups of a prompt, its K responses and numbers for each of them, on disk (PREFIX.*). writer.py writes it.
 
     PREFIX.bin, .idx           Megatron indexed dataset; a document is a group: prompt, then response 1..K (token ids)
     PREFIX.reward.bin, .idx    float32, one sequence of K rewards per document; absent without rewards
     PREFIX.ref_logp.bin, .idx  float32, one summed reference log-probability per response; `rpo score` writes it
     PREFIX.ref_logp.json       which weights and numerics made them; written last
+    PREFIX.column.NAME.*       the same three for any other number per response: of the input, or by `rpo score`
     PREFIX.json                manifest: what is in the store, what made it, checksums; written last
 
 Whatever is interrupted leaves no store that opens. Shapes: D documents (groups), K responses of a group.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from rpo_megatron import __version__
-from rpo_megatron.data.indexed import FileInfo, IndexedReader, IndexedWriter, token_dtype
+from rpo_megatron.data.indexed import FileInfo, IndexedReader
 from rpo_megatron.data.manifest import (
-    FORMAT,
-    NO_TEMPLATE,
+    REWARD,
+    ColumnManifest,
     Manifest,
-    RewardSource,
-    Statistics,
-    TemplateInfo,
-    TokenizerInfo,
+    ReferenceManifest,
+    RewardStatistics,
     read_record,
-    write_record,
 )
+from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
 from rpo_megatron.fileio import sha256
 
@@ -47,21 +44,22 @@ class Group:
     responses: list[np.ndarray]
     """K arrays of int64 token ids, each with its end-of-turn token."""
     reward: np.ndarray | None
-    """float32[K], or None when the store has no rewards."""
+    """float32[K], or None when the store has no rewards: the column `reward` as it is, or the view's mean."""
+    rewards: np.ndarray | None = None
+    """float32[K, M], the view's columns, transformed; None without a view."""
+    source: np.ndarray | None = None
+    """bool[K], True for responses of another model; None unless the view names a source column."""
     ref_logp: np.ndarray | None
     """float32[K], or None when the store was opened without its reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceManifest:
-    """PREFIX.ref_logp.json."""
+class Column:
+    """A number per response that the store holds under a name."""
 
-    format: int
-    tokens: str
-    """`token_fingerprint` of the store that was scored."""
+    statistics: RewardStatistics
     identity: dict[str, str]
-    """What made the numbers: fingerprints of weights, tokenizer, template and numerics."""
-    files: dict[str, FileInfo]
+    """What made the numbers; empty for a column of the input."""
 
 
 class Store:
@@ -82,6 +80,9 @@ class Store:
         self.prompt_length_D = self._tokens.length_S[self._tokens.border_D[:-1]].astype(np.int64)
         self._reward = self._sidecar("reward") if "reward.idx" in manifest.files else None
         self._reference: IndexedReader | None = None
+        self._view: RewardView | None = None
+        self._viewed: tuple[IndexedReader, ...] = ()
+        self._source: IndexedReader | None = None
 
     @classmethod
     def open(cls, prefix: str, *, verify: bool = False) -> "Store":
@@ -98,21 +99,53 @@ class Store:
 
     @property
     def has_reward(self) -> bool:
-        return self._reward is not None
+        """True if groups carry a reward: that of the view, or the column `reward`."""
+        return self._reward is not None if self._view is None else True
+
+    @property
+    def num_rewards(self) -> int:
+        """M, the columns of the view; 0 without one."""
+        return len(self._viewed)
+
+    @property
+    def has_source(self) -> bool:
+        return self._source is not None
 
     @property
     def has_reference(self) -> bool:
         return self._reference is not None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """sha256 over the checksums of the token and reward files: equal for equal data."""
-        return _fingerprint(self.manifest.files)
+        """sha256 over the checksums of the token and reward files, and of the other columns that the view reads: equal
+        for equal data."""
+        files = dict(self.manifest.files)
+        for name in self._view_columns():
+            files |= self._column_manifests[name].files
+        return fingerprint_of(files)
+
+    @cached_property
+    def columns(self) -> Mapping[str, Column]:
+        """Every number per response that the store holds, by name: `reward` first, then in alphabetical order. A column
+        that was made for other tokens is not one of them."""
+        columns = {}
+        if self.manifest.reward is not None:
+            columns[REWARD] = Column(statistics=self.manifest.reward, identity={})
+        for name, record in self._column_manifests.items():
+            columns[name] = Column(statistics=record.statistics, identity=record.identity)
+        return columns
+
+    @cached_property
+    def _column_manifests(self) -> dict[str, ColumnManifest]:
+        here = Path(self.prefix)
+        paths = sorted(path for path in here.parent.glob("*.json") if path.name.startswith(f"{here.name}.column."))
+        records = [read_record(ColumnManifest, path) for path in paths]
+        return {record.name: record for record in records if record.tokens == self.token_fingerprint}
 
     @cached_property
     def token_fingerprint(self) -> str:
         """The same over the token files alone: reference log-probabilities do not depend on rewards."""
-        return _fingerprint({name: info for name, info in self.manifest.files.items() if name in ("bin", "idx")})
+        return fingerprint_of({name: info for name, info in self.manifest.files.items() if name in ("bin", "idx")})
 
     def __len__(self) -> int:
         return self._tokens.num_documents
@@ -127,7 +160,29 @@ class Store:
         prompt, *responses = (tokens.astype(np.int64) for tokens in self._tokens.document(i))
         reward = self._reward.get(i) if self._reward is not None else None
         ref_logp = self._reference.get(i) if self._reference is not None else None
-        return Group(prompt=prompt, responses=responses, reward=reward, ref_logp=ref_logp)
+        rewards = None
+        if self._view is not None:
+            rewards = self._view.apply(np.stack([column.get(i) for column in self._viewed], axis=1))
+            reward = rewards.mean(axis=1)
+        source = self._source.get(i) != 0 if self._source is not None else None
+        return Group(
+            prompt=prompt, responses=responses, reward=reward, rewards=rewards, source=source, ref_logp=ref_logp
+        )
+
+    def numbers(self, i: int) -> dict[str, np.ndarray]:
+        """Every column of group i as it was written, float32[K] by name."""
+        return {name: self._column(name).get(i) for name in self.columns}
+
+    def with_view(self, view: RewardView) -> "Store":
+        """This store with the view's columns as its rewards and its source column.
+
+        Raises UserError when it lacks one of them, or when the column's files are damaged.
+        """
+        store = copy(self)
+        store._view = view
+        store._viewed = tuple(self._column(name) for name in view.columns)
+        store._source = None if view.source_column is None else self._column(view.source_column)
+        return store
 
     def with_reference(self, identity: dict[str, str]) -> "Store":
         """This store with its stored reference log-probabilities, which `identity` must have made.
@@ -153,6 +208,23 @@ class Store:
         path = Path(f"{self.prefix}.ref_logp.json")
         return read_record(ReferenceManifest, path).identity if path.is_file() else None
 
+    def _view_columns(self) -> list[str]:
+        """The columns besides `reward` that the view reads."""
+        if self._view is None:
+            return []
+        names = {*self._view.columns, self._view.source_column} - {REWARD, None}
+        return sorted(name for name in names if name is not None)
+
+    def _column(self, name: str) -> IndexedReader:
+        if name == REWARD and self._reward is not None:
+            return self._reward
+        if name not in self._column_manifests:
+            path = Path(f"{self.prefix}.column.{name}.json")
+            why = f"{path} was made for an earlier version of it" if path.is_file() else f"{path} does not exist"
+            raise UserError(f"'{self.prefix}' has no column '{name}' ({why}); its columns: {', '.join(self.columns)}")
+        _check_files(self.prefix, self._column_manifests[name].files, verify=False)
+        return self._sidecar(f"column.{name}")
+
     def _sidecar(self, name: str) -> IndexedReader:
         sidecar = IndexedReader(f"{self.prefix}.{name}")
         if sidecar.dtype != FLOAT32 or not np.array_equal(sidecar.length_S, self.num_responses_D):
@@ -166,7 +238,7 @@ def _differences(stored: dict[str, str], wanted: dict[str, str]) -> list[str]:
     return [f"{key}: stored '{was}', this run '{now}'" for key, was, now in values if was != now]
 
 
-def _fingerprint(files: dict[str, FileInfo]) -> str:
+def fingerprint_of(files: dict[str, FileInfo]) -> str:
     text = "".join(f"{name} {info.sha256}\n" for name, info in sorted(files.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -181,156 +253,3 @@ def _check_files(prefix: str, files: dict[str, FileInfo], *, verify: bool) -> No
             raise UserError(f"{path}: damaged: {found} bytes, should be {info.bytes}. Copy or prepare it again")
         if verify and sha256(path) != info.sha256:
             raise UserError(f"{path}: damaged: its checksum is not the recorded one. Copy or prepare it again")
-
-
-# ------------------------------------------------------------------------------------------------ writers
-
-
-class StoreWriter:
-    """Writes a store under temporary names; an older store at PREFIX stands until `finish` replaces it.
-
-        with StoreWriter(prefix, tokenizer=info) as writer:
-            writer.add(prompt, responses, reward)
-            writer.finish()
-
-    Leaving the block without `finish` (an exception) deletes the temporary files.
-    """
-
-    def __init__(self, prefix: str, *, tokenizer: TokenizerInfo, template: TemplateInfo = NO_TEMPLATE) -> None:
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self.prefix = prefix
-        self._tokenizer = tokenizer
-        self._template = template
-        self._tokens = IndexedWriter(prefix, dtype=token_dtype(tokenizer.vocab_size))
-        self._reward: IndexedWriter | None = None
-        self._statistics = Statistics()
-
-    def __enter__(self) -> "StoreWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tokens.abort()
-        self.drop_rewards()
-
-    def __len__(self) -> int:
-        return self._statistics.groups
-
-    def add(self, prompt: np.ndarray, responses: list[np.ndarray], reward: np.ndarray | None) -> None:
-        """Append a group: integer token ids and, for all groups or for none, K finite rewards.
-
-        Raises ValueError for a group that is not one: fewer than two responses, an empty sequence, a token outside
-        the vocabulary, rewards that are not K finite numbers.
-        """
-        reward_K = None if reward is None else _finite_float32(reward, len(responses), "rewards")
-        if self._statistics.groups and (reward_K is None) != (self._reward is None):
-            raise ValueError("rewards must be given for all groups of a store or for none")
-        if len(responses) < 2:
-            raise ValueError(f"a group needs two responses at least, got {len(responses)}")
-        for tokens in (prompt, *responses):
-            self._check_tokens(tokens)
-        for tokens in (prompt, *responses):
-            self._tokens.add(tokens)
-        self._tokens.end_document()
-        if reward_K is not None:
-            self._reward = self._reward or IndexedWriter(f"{self.prefix}.reward", dtype=FLOAT32)
-            self._reward.add(reward_K)
-            self._reward.end_document()
-        self._statistics.add(prompt.size, [tokens.size for tokens in responses], reward_K)
-
-    def drop_rewards(self) -> None:
-        """Forget the rewards of the groups so far; those that follow are added without."""
-        if self._reward is not None:
-            self._reward.abort()
-            self._reward = None
-
-    def finish(
-        self,
-        *,
-        reward_source: RewardSource = "given",
-        dropped: dict[str, int] | None = None,
-        boundary_merges: int = 0,
-    ) -> Manifest:
-        """Publish the store, its manifest last. Raises ValueError when nothing was added."""
-        statistics = self._statistics
-        if not statistics.groups:
-            raise ValueError("a store needs a group at least")
-        files = self._tokens.finish()
-        if self._reward is not None:
-            files |= {f"reward.{name}": info for name, info in self._reward.finish().items()}
-        manifest = Manifest(
-            format=FORMAT,
-            created_by=f"rpo_megatron {__version__}",
-            tokenizer=self._tokenizer,
-            template=self._template,
-            groups=statistics.groups,
-            responses=statistics.responses,
-            tokens=statistics.tokens,
-            max_length=statistics.max_length,
-            responses_per_group=statistics.sorted_responses_per_group(),
-            lengths=statistics.lengths(),
-            reward=statistics.rewards.statistics(reward_source) if self._reward is not None else None,
-            dropped=dropped or {},
-            boundary_merges=boundary_merges,
-            files=files,
-        )
-        self._publish(manifest)
-        return manifest
-
-    def _publish(self, manifest: Manifest) -> None:
-        path = Path(f"{self.prefix}.json")
-        path.unlink(missing_ok=True)  # from here to the last line nothing opens at PREFIX
-        self._tokens.publish()
-        if self._reward is not None:
-            self._reward.publish()
-        else:
-            for name in ("reward.bin", "reward.idx"):
-                Path(f"{self.prefix}.{name}").unlink(missing_ok=True)
-        write_record(manifest, path)
-
-    def _check_tokens(self, tokens: np.ndarray) -> None:
-        if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"expected a non-empty row of token ids, got {tokens.dtype} of shape {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
-            size = self._tokenizer.vocab_size
-            raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} in a vocabulary of {size}")
-
-
-def write_reference(store: Store, values: Iterable[np.ndarray], *, identity: dict[str, str]) -> None:
-    """Write PREFIX.ref_logp.*: one array of K summed log-probabilities per group of the store, in order.
-
-    Raises ValueError for a wrong number of groups or responses and for NaN or infinity; then, as after any
-    interruption, no reference opens that was not there before.
-    """
-    prefix = f"{store.prefix}.ref_logp"
-    writer = IndexedWriter(prefix, dtype=FLOAT32)
-    try:
-        num_responses_D = store.num_responses_D
-        num_groups = 0
-        for num_groups, value in enumerate(values, start=1):
-            if num_groups > len(store):
-                raise ValueError(f"more than the {len(store)} groups of '{store.prefix}'")
-            num_responses = int(num_responses_D[num_groups - 1])
-            writer.add(_finite_float32(value, num_responses, f"reference log-probabilities of group {num_groups - 1}"))
-            writer.end_document()
-        if num_groups < len(store):
-            raise ValueError(f"reference log-probabilities of {num_groups} groups, '{store.prefix}' has {len(store)}")
-        files = {f"ref_logp.{name}": info for name, info in writer.finish().items()}
-        Path(f"{prefix}.json").unlink(missing_ok=True)
-        writer.publish()
-    except BaseException:
-        writer.abort()
-        raise
-    record = ReferenceManifest(format=FORMAT, tokens=store.token_fingerprint, identity=identity, files=files)
-    write_record(record, Path(f"{prefix}.json"))
-
-
-def _finite_float32(values: np.ndarray, size: int, what: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows float32 is infinite and refused below
-        stored = np.asarray(values).astype(FLOAT32)
-    if stored.shape != (size,):
-        raise ValueError(f"{what}: expected {size} numbers, got shape {stored.shape}")
-    if not np.isfinite(stored).all():
-        raise ValueError(f"{what}: {stored} are not all finite")
-    return stored

@@ -1,4 +1,4 @@
-"""Policy and reference as megatron-core GPT models: this rank's part of one, from a ModelShape.
+"""Policy, reference and reward model as megatron-core GPT models: this rank's part of one, from a ModelShape.
 
 The one file that constructs megatron models (GPTModel is announced as deprecated from 0.20 on).
 """
@@ -10,27 +10,33 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model import compat
+from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
-from rpo_megatron.model.logprobs import token_logprobs
+from rpo_megatron.model.logprobs import scored_hidden, token_logprobs
 from rpo_megatron.model.rotary import Rotary
 from rpo_megatron.model.row import Row
+from rpo_megatron.model.scores import Scores
 from rpo_megatron.model.shape import ModelShape, padded_vocab, stage_layers
+from rpo_megatron.model.token_kl import token_kl
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ScoringModel(GPTModel):
-    """This pipeline stage of a GPT that answers with log-probabilities instead of logits.
+    """This pipeline stage of a GPT that answers with numbers per token or per response instead of logits.
 
-    forward(row) gives hidden states [T, 1, H] on every stage but the last, and there the log-probability of each scored
-    token, fp32 [N]. Embedding, decoder and output layer are GPTModel's; what is ours is the way between them.
+    forward(row) gives hidden states [T, 1, H] on every stage but the last, and Scores there. Embedding, decoder and
+    output layer are GPTModel's; what is ours is the way between them, and the value head that a reward model has in
+    place of the output layer.
     """
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, groups: Groups) -> None:
+        is_lm = shape.head == "lm"
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(config),
@@ -39,14 +45,26 @@ class ScoringModel(GPTModel):
             pre_process=groups.pp.first,
             post_process=groups.pp.last,
             parallel_output=True,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
+            share_embeddings_and_output_weights=shape.tied_embeddings and is_lm,
             position_embedding_type="none",
         )
         self.shape = shape
-        self.tp_rank = groups.tp.rank
+        self.tp = groups.tp
         self.rotary = Rotary(shape, groups.device)
+        if self.post_process and not is_lm:
+            del self.output_layer
+            self.score = ValueHead(config, groups.tp)
 
-    def forward(self, row: Row) -> torch.Tensor:
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's vocabulary shard of the output layer, on the last stage of a model that has one."""
+        assert self.post_process
+        assert self.shape.head == "lm"
+        return self.shared_embedding_or_output_weight() if self.shape.tied_embeddings else self.output_layer.weight
+
+    def forward(self, row: Row, *, keep_hidden: bool = False) -> torch.Tensor | Scores:
+        """`keep_hidden` adds the hidden states at the scored positions to the Scores of a model with an output
+        layer."""
         hidden = self.embedding(input_ids=row.tokens_1T, position_ids=None) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
@@ -56,16 +74,36 @@ class ScoringModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        tied = self.shape.tied_embeddings
-        return token_logprobs(
-            hidden,
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            row.scored_position_N,
-            row.scored_label_N,
-            vocab_size=self.shape.vocab_size,
-            tp_rank=self.tp_rank,
-            sequence_parallel=self.config.sequence_parallel,
+        if self.shape.head == "value":
+            return Scores(value_GK=self.score(hidden, pooled_position(row, self.shape.pad_token)))
+        return self._token_scores(hidden, row, keep_hidden=keep_hidden)
+
+    def _token_scores(self, hidden_T1H: torch.Tensor, row: Row, *, keep_hidden: bool) -> Scores:
+        hidden_NH = scored_hidden(
+            hidden_T1H, row.scored_position_N, tp=self.tp, sequence_parallel=self.config.sequence_parallel
         )
+        weight_VH, vocab_size = self.output_weight, self.shape.vocab_size
+        token_kl_N = None
+        if row.reference is not None:
+            token_kl_N = token_kl(hidden_NH, weight_VH, row.reference, vocab_size=vocab_size, tp=self.tp)
+        return Scores(
+            logp_N=token_logprobs(
+                hidden_NH, weight_VH, row.scored_label_N, vocab_size=vocab_size, tp_rank=self.tp.rank
+            ),
+            token_kl_N=token_kl_N,
+            hidden_NH=hidden_NH.detach() if keep_hidden else None,
+        )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        # What GPTModel and LanguageModule add to MegatronModule's concerns the output layer alone.
+        owner = GPTModel if self.shape.head == "lm" else MegatronModule
+        sharded: dict[str, Any] = owner.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return sharded
 
 
 def build(shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups) -> ScoringModel:

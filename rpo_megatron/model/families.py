@@ -31,6 +31,10 @@ class HFConfig(msgspec.Struct, kw_only=True):
     """The keys of config.json that we read; a default is the one all supported families share."""
 
     model_type: str
+    architectures: list[str] | None = None
+    id2label: dict[str, Any] | None = None
+    num_labels: int | None = None
+    pad_token_id: int | None = None
     num_hidden_layers: Count
     hidden_size: Count
     num_attention_heads: Count
@@ -83,6 +87,8 @@ def _window_of_upper_layers(config: HFConfig) -> int | None:
 class Family:
     """What distinguishes one model_type from the others."""
 
+    class_prefix: str
+    """Of the names of transformers' classes, e.g. Llama in LlamaForCausalLM."""
     qkv_bias: bool = False
     qk_norm: bool = False
     window: Callable[[HFConfig], int | None] = _full_attention
@@ -93,12 +99,20 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(must_be_false=("attention_bias", "mlp_bias")),
-    "mistral": Family(window=_same_window_everywhere, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "llama": Family(class_prefix="Llama", must_be_false=("attention_bias", "mlp_bias")),
+    "mistral": Family(
+        class_prefix="Mistral",
+        window=_same_window_everywhere,
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
     "qwen2": Family(
-        qkv_bias=True, window=_window_of_upper_layers, defaults={"num_key_value_heads": 32, "sliding_window": 4096}
+        class_prefix="Qwen2",
+        qkv_bias=True,
+        window=_window_of_upper_layers,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
     ),
     "qwen3": Family(
+        class_prefix="Qwen3",
         qk_norm=True,
         window=_window_of_upper_layers,
         must_be_false=("attention_bias",),

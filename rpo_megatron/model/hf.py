@@ -11,6 +11,7 @@
     layers.i.mlp.down_proj.weight              decoder.layers.i.mlp.linear_fc2.weight               input
     norm.weight                                decoder.final_layernorm.weight                       replicated
     (no prefix) lm_head.weight                 output_layer.weight (absent when tied)               vocab
+    (no prefix) score.weight                   score.weight (a reward model's, for lm_head)         replicated
 
 Layers are numbered over the whole model, whatever the pipeline stage. Weights are [out, in].
 """
@@ -38,6 +39,7 @@ Split = Literal["replicated", "vocab", "qkv", "gated", "input"]
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+SCORE = HF_SCORE = "score.weight"
 NOT_WEIGHTS = (".rotary_emb.inv_freq",)  # suffixes of buffers that old files carry and that config.json determines
 FLOATS = ("F64", "F32", "F16", "BF16")
 ROWS_AT_A_TIME = 4096
@@ -64,7 +66,9 @@ def entries(shape: ModelShape) -> list[Entry]:
     for i in range(shape.num_layers):
         rows += _layer(shape, i)
     rows.append(_entry("decoder.final_layernorm.weight", "replicated", {"model.norm.weight": (shape.hidden_size,)}))
-    if not shape.tied_embeddings:
+    if shape.head == "value":
+        rows.append(_entry(SCORE, "replicated", {HF_SCORE: (1, shape.hidden_size)}))
+    elif not shape.tied_embeddings:
         rows.append(_entry(OUTPUT, "vocab", {HF_OUTPUT: vocab}))
     return rows
 

@@ -19,24 +19,6 @@ from safetensors.torch import save_file
 from rpo_megatron.errors import UserError
 from rpo_megatron.fileio import fsync, fsync_tree, write_json
 from rpo_megatron.model.identity import TensorInfo, read_header, weight_files
-from rpo_megatron.model.shape import read_config
-
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model*",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-"""Files (as glob patterns) beside config.json and the weights that make a model directory usable."""
 
 
 class HFReader:
@@ -77,7 +59,7 @@ class HFWriter:
 
     Tensors collect in memory up to `max_shard_bytes` (or one tensor, if that is larger), then go to disk. Everything
     happens in `staging`, beside `directory`; leaving the block without an exception renames it, with one it is
-    removed. Put companion files into `staging` too. Raises UserError if `directory` exists.
+    removed. Put companion files (model/companions.py) into `staging` too. Raises UserError if `directory` exists.
     """
 
     def __init__(self, directory: str | Path, *, max_shard_bytes: int) -> None:
@@ -143,17 +125,3 @@ class HFWriter:
     def _part(self, i: int) -> Path:
         """Where shard i waits until the number of shards is known; a name that nothing loads."""
         return self.staging / f"{i:05d}.part"
-
-
-def copy_companions(source_dir: str | Path, target_dir: str | Path, *, dtype: str) -> None:
-    """Copy config.json, with its dtype set to `dtype` (torch's name, e.g. bfloat16), and all COMPANIONS there are."""
-    source, target = Path(source_dir), Path(target_dir)
-    config = read_config(source)
-    # transformers 4 writes torch_dtype, transformers 5 dtype and reads both.
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
-        config[key] = dtype
-    write_json(target / "config.json", config)
-    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)

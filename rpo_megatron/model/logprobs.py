@@ -16,34 +16,43 @@ from megatron.core.tensor_parallel import (
     vocab_parallel_cross_entropy,
 )
 
+from rpo_megatron.distributed import Axis
 
-def token_logprobs(
-    hidden_T1H: torch.Tensor,
-    weight_VH: torch.Tensor,
-    position_N: torch.Tensor,
-    label_N: torch.Tensor,
-    *,
-    vocab_size: int,
-    tp_rank: int,
-    sequence_parallel: bool,
+
+def scored_hidden(
+    hidden_T1H: torch.Tensor, position_N: torch.Tensor, *, tp: Axis, sequence_parallel: bool
 ) -> torch.Tensor:
-    """Log-probability of each scored token, fp32 [N], the same on every tensor rank.
-
-    `weight_VH` is this rank's vocabulary shard; rows at or past `vocab_size` (padding) take no part. The plain path:
-    the N x V/tp logits are materialised in fp32.
-    """
+    """Hidden states at the scored positions, [N, H], whole on every tensor rank, for layers whose weight is split over
+    the tensor ranks: backward adds up the parts of the gradient that come from the shards."""
     if sequence_parallel:
         # all-gather over TP forward; reduce-scatter backward, because each rank's shard gives a part of the gradient
-        hidden_NH = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True)[position_N, 0]
-    else:
-        # identity forward; all-reduce over TP backward, for the same reason
-        hidden_NH = copy_to_tensor_model_parallel_region(hidden_T1H[position_N, 0])
+        whole_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=True, group=tp.group)
+        return whole_T1H[position_N, 0]
+    # identity forward; all-reduce over TP backward, for the same reason
+    return copy_to_tensor_model_parallel_region(hidden_T1H[position_N, 0], group=tp.group)
+
+
+def vocab_logits(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, *, vocab_size: int, tp_rank: int) -> torch.Tensor:
+    """Logits of this rank's vocabulary shard, fp32 [N, V]. Columns at or past `vocab_size` (padding) hold the lowest
+    finite number: their probability is 0 on every path, without the NaNs that infinities give."""
     logits_NV = F.linear(hidden_NH, weight_VH).float()
-    first = tp_rank * weight_VH.shape[0]
-    real = max(0, min(weight_VH.shape[0], vocab_size - first))
+    real = max(0, vocab_size - tp_rank * weight_VH.shape[0])
     if real < weight_VH.shape[0]:
-        logits_NV = F.pad(logits_NV[:, :real], (0, weight_VH.shape[0] - real), value=float("-inf"))
-    return -vocab_parallel_cross_entropy(logits_NV, label_N)
+        logits_NV[:, real:] = torch.finfo(torch.float32).min
+    return logits_NV
+
+
+def token_logprobs(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, label_N: torch.Tensor, *, vocab_size: int, tp_rank: int
+) -> torch.Tensor:
+    """Log-probability of each label, fp32 [N], the same on every tensor rank.
+
+    `hidden_NH` comes from `scored_hidden`, `weight_VH` is this rank's vocabulary shard. The plain path: the N x V
+    logits are materialised in fp32.
+    """
+    return -vocab_parallel_cross_entropy(
+        vocab_logits(hidden_NH, weight_VH, vocab_size=vocab_size, tp_rank=tp_rank), label_N
+    )
 
 
 def response_logps(logp_N: torch.Tensor, length_GK: torch.Tensor) -> torch.Tensor:

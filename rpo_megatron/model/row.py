@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from rpo_megatron.model.scores import ReferenceTokens
+
 
 @dataclass
 class Segments(PackedSeqParams):
@@ -21,10 +23,13 @@ class Segments(PackedSeqParams):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Shapes: T tokens, N scored tokens. See data/microbatch.py for what the arrays mean."""
+    """Shapes: T tokens, N scored tokens, G groups, K responses. See data/microbatch.py for what the arrays mean."""
 
     tokens_1T: torch.Tensor
     positions_T: torch.Tensor
     segments: Segments
     scored_position_N: torch.Tensor
     scored_label_N: torch.Tensor
+    last_position_GK: torch.Tensor
+    reference: ReferenceTokens | None = None
+    """Given to a model with an output layer, it also answers with the token KL. Read on the last stage only."""

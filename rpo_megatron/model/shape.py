@@ -18,6 +18,10 @@ from rpo_megatron.errors import UserError, nearest
 from rpo_megatron.model.families import FAMILIES, Family, HFConfig, HFRope
 
 VOCAB_MULTIPLE = 128
+Head = Literal["lm", "value"]
+"""`lm`: an output layer over the vocabulary. `value`: a reward model, one number per response."""
+VALUE_ARCHITECTURE = "ForSequenceClassification"
+"""How the names of transformers' reward model classes end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,9 @@ class ModelShape:
     """Every layer attends to this many last tokens; None is full attention."""
     dtype: str
     """torch's name of the dtype that config.json declares; float32 where it declares none."""
+    head: Head = "lm"
+    pad_token: int | None = None
+    """The token that transformers passes over when it looks for a response's last one (see heads.pooled_position)."""
 
 
 # ------------------------------------------------------------------------------------------------ config.json
@@ -123,7 +130,21 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
         max_positions=config.max_position_embeddings,
         sliding_window=family.window(config),
         dtype=config.dtype or config.torch_dtype or "float32",
+        head=_head(config),
+        pad_token=config.pad_token_id if (config.pad_token_id or 0) >= 0 else None,
     )
+
+
+def _head(config: HFConfig) -> Head:
+    if not (config.architectures and config.architectures[0].endswith(VALUE_ARCHITECTURE)):
+        return "lm"
+    labels = len(config.id2label or {}) or config.num_labels or 2  # transformers writes no key for 2
+    if labels != 1:
+        raise UserError(
+            f"{config.architectures[0]} with {labels} labels (id2label, num_labels) is not supported: a reward model "
+            f"has 1"
+        )
+    return "value"
 
 
 def _family(raw: dict[str, Any]) -> Family:
@@ -188,8 +209,9 @@ def num_parameters(shape: ModelShape) -> int:
     biases = (query + 2 * key_value) if shape.qkv_bias else 0
     norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
     layer = attention + biases + norms + 3 * shape.hidden_size * shape.ffn_size
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
-    return embeddings + shape.num_layers * layer + shape.hidden_size
+    embedding = shape.vocab_size * shape.hidden_size
+    head = shape.hidden_size if shape.head == "value" else 0 if shape.tied_embeddings else embedding
+    return embedding + shape.num_layers * layer + shape.hidden_size + head
 
 
 def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:

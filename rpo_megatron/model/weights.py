@@ -2,27 +2,37 @@
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from rpo_megatron.distributed import Groups, gather_objects
 from rpo_megatron.model.build import ScoringModel
-from rpo_megatron.model.hf import Entry, check_accounted, entries, load_shards, merge
+from rpo_megatron.model.hf import SCORE, Entry, check_accounted, entries, load_shards, merge
 from rpo_megatron.model.hf_io import HFReader
-from rpo_megatron.model.shape import ModelShape
+from rpo_megatron.model.shape import Head, ModelShape
 
 
-def load_hf(model: ScoringModel, directory: str, groups: Groups) -> None:
+def load_hf(model: ScoringModel, directory: str, groups: Groups, *, head: Head) -> None:
     """Stream the directory's tensors into the shards of the running layout.
 
-    Raises UserError when the files and the model do not account for each other tensor by tensor.
+    `head` is the one that the directory has; a value head that it lacks is left alone. Raises UserError when the files
+    and the model do not account for each other tensor by tensor.
     """
+    wanted = global_parameters(model)
+    if head == "lm":
+        wanted.pop(SCORE, None)
     with HFReader(directory) as reader:
-        check_accounted(reader, model.shape)
-        load_shards(
-            global_parameters(model), reader=reader, shape=model.shape, tp_rank=groups.tp.rank, tp_size=groups.tp.size
-        )
+        check_accounted(reader, replace(model.shape, head=head))
+        load_shards(wanted, reader=reader, shape=model.shape, tp_rank=groups.tp.rank, tp_size=groups.tp.size)
+
+
+def draw_value_head(model: ScoringModel, seed: int, groups: Groups) -> None:
+    """Fill the value head, on the stage that has it, as `load_random` would."""
+    mine = {name: tensor for name, tensor in global_parameters(model).items() if name == SCORE}
+    reader = _RandomTensors(model.shape, seed)
+    load_shards(mine, reader=reader, shape=model.shape, tp_rank=groups.tp.rank, tp_size=groups.tp.size)
 
 
 def load_random(model: ScoringModel, seed: int, groups: Groups) -> None:

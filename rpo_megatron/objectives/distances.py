@@ -4,7 +4,10 @@ Every function takes (a_GK, b_GK, valid_GK) and returns [G]. Each is K-way, and 
 the literature. Adding a constant per group to a or to b changes nothing; a group with at most one valid response has
 distance 0 and gradient 0; entries that are not valid never reach a result or a gradient. K is a group's own count of
 valid responses. Everything is a log-softmax or a difference, so margins of 1e5 stay finite.
-Source of all but the cross-entropy: RPO (arXiv 2502.00203) Sec. 3.2 and App. A.
+Source where none is named: RPO (arXiv 2502.00203) Sec. 3.2 and App. A.
+
+`noise_corrected_cross_entropy` and `hinge` know pairs only, and `absolute_squared` is the exception to the second
+sentence: it is for scores that have no unknown constant.
 """
 
 import torch
@@ -49,6 +52,51 @@ def squared_loo(a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor) 
     """
     num_G = valid_GK.sum(dim=1).to(a_GK.dtype)  # a quotient of integers would be fp32
     return 0.5 * (num_G / (num_G - 1).clamp(min=1)).square() * squared(a_GK, b_GK, valid_GK)
+
+
+def reinforce_loo(a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """(K-1) / (K^2 beta) D^sqloo: with a = beta rho and b = r its gradient is -1/K sum_k A_k grad log pi(y_k), A the
+    leave-one-out advantages of r - beta rho: RLOO's (arXiv 2402.14740), as RPO Table 1 says up to the factor."""
+    num_G = valid_GK.sum(dim=1).clamp(min=1).to(a_GK.dtype)
+    return (num_G - 1) / (num_G.square() * beta) * squared_loo(a_GK, b_GK, valid_GK)
+
+
+def absolute_squared(a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """mean_k (a_k - b_k)^2, not centred: regression of a reward model, which has no unknown constant per prompt."""
+    d_GK = torch.where(valid_GK, a_GK - b_GK, 0.0)
+    return d_GK.square().sum(dim=1) / valid_GK.sum(dim=1).clamp(min=1)
+
+
+def squared_probability(a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """1/2 sum_k (p_k - q_k)^2, p = softmax(a), q = softmax(b): the Brier score, for a pair (p_1 - q_1)^2. Ours, not
+    RPO's. b may hold -inf (q = 0)."""
+    p_GK = _log_softmax(a_GK, valid_GK).exp() * valid_GK
+    q_GK = _log_softmax(b_GK, valid_GK).exp() * valid_GK
+    return 0.5 * (p_GK - q_GK).square().sum(dim=1)
+
+
+def noise_corrected_cross_entropy(
+    a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor, *, label_smoothing: float
+) -> torch.Tensor:
+    """-log sigmoid(d) - e/(1-2e) d, d = a_better - a_other, e = label_smoothing, b the preferred target of a pair.
+
+    The unbiased estimate of DPO's loss on clean labels when a share e is flipped: robust DPO (arXiv 2403.00409) Eq. 12.
+    Not bounded below.
+    """
+    odds = label_smoothing / (1.0 - 2.0 * label_smoothing)
+    return cross_entropy(a_GK, b_GK, valid_GK) - odds * _lead(a_GK, b_GK, valid_GK)
+
+
+def hinge(a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """max(0, 1 - d), d = a_better - a_other, b the preferred target of a pair: SLiC (arXiv 2305.10425), RSO (arXiv
+    2309.06657) with log-ratios. 0 where there is no pair."""
+    return torch.relu(1.0 - _lead(a_GK, b_GK, valid_GK)) * valid_GK.any(dim=1)
+
+
+def _lead(a_GK: torch.Tensor, b_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """a of the response that b prefers minus a of the other, per pair; 0 where there is none."""
+    q_GK = _log_softmax(b_GK, valid_GK).exp()
+    return torch.where(valid_GK, (2.0 * q_GK - 1.0) * a_GK, 0.0).sum(dim=1)
 
 
 def _log_softmax(x_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:

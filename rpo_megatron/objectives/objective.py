@@ -13,31 +13,48 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from rpo_megatron.config import ObjectiveConfig
-from rpo_megatron.objectives import anchors, distances, methods, rewards, selections, statistics, targets
-from rpo_megatron.objectives.methods import Divergence, KnobValue
+from rpo_megatron.objectives import (
+    anchors,
+    catalogue,
+    distances,
+    evaluation,
+    outside,
+    rewards,
+    selections,
+    statistics,
+    targets,
+)
 from rpo_megatron.objectives.responses import Responses
+from rpo_megatron.objectives.row import Anchor, Divergence, KnobValue, Method
+from rpo_megatron.objectives.selections import Selection
 from rpo_megatron.objectives.statistics import Stats
 
 Letter = Callable[..., torch.Tensor]
-Term = Callable[[Responses, torch.Tensor], torch.Tensor]
+Values = Mapping[str, KnobValue]
+PairTerm = Callable[[Responses, torch.Tensor], torch.Tensor]
+"""(rows, mask_RK) -> [R]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     name: str
-    knobs: Mapping[str, KnobValue]
+    knobs: Values
     reads: frozenset[str]
-    """Which of `ref_logp`, `reward`, `length` a batch must have."""
-    select: Letter
-    """Responses -> bool [G, K]: those that take part."""
-    terms: tuple[Term, ...]
-    """(Responses, selected_GK) -> [G], added up."""
-    implicit: Letter | None
-    """Responses -> beta rho [G, K], for the statistics; None for a method without a reference."""
+    """What a batch must have; see Method.reads."""
+    select: Callable[[Responses], Selection]
+    terms: tuple[PairTerm, ...]
+    """Over the selected rows, added up."""
+    anchors: tuple[Letter, ...]
+    """Responses -> [G], over whole groups, added to the terms."""
+    reward: Letter | None
+    """Responses -> [G, K]; see `implicit`."""
+    progress: float = 1.0
+    """Share of the run's steps that are done, for knobs with a schedule."""
 
     def __call__(self, responses: Responses) -> tuple[torch.Tensor, Stats]:
         """Loss of each group [G], fp64, 0 for padding groups, and the statistics of the micro-batch (sum, count).
@@ -45,63 +62,110 @@ class Objective:
         The log-probabilities are sums near -1e3 of which differences are taken, so everything runs in fp64; on [G, K]
         numbers that is free.
         """
-        batch = _in_fp64(responses)
-        selected_GK = self.select(batch)
-        losses_G = torch.stack([term(batch, selected_GK) for term in self.terms]).sum(dim=0)
+        batch = self._prepare(responses)
+        num_groups = len(batch.valid_GK)
+        losses = [anchor(batch) for anchor in self.anchors]
+        if self.terms:
+            selection = self.select(batch)
+            rows = [term(selection.batch, selection.mask_RK) for term in self.terms]
+            losses += [selection.per_group(losses_R, num_groups=num_groups) for losses_R in rows]
         with torch.no_grad():
             logged = statistics.without_rounding(batch)
-            implicit_GK = None if self.implicit is None else self.implicit(logged)
-            stats = statistics.collect(logged, implicit_GK=implicit_GK)
-        return losses_G, stats
+            stats = statistics.collect(logged, implicit_GK=self._implicit(logged))
+        return torch.stack(losses).sum(dim=0), stats
+
+    def implicit(self, responses: Responses) -> torch.Tensor:
+        """What the model thinks each response is worth, fp64 [G, K], up to a constant per group: the implicit reward of
+        a policy, the value of a reward model. Raises ValueError for a method without such a notion (sft)."""
+        implicit_GK = self._implicit(self._prepare(responses))
+        if implicit_GK is None:
+            raise ValueError(f"method '{self.name}' has no implicit reward")
+        return implicit_GK
+
+    def evaluate(self, responses: Responses) -> Stats:
+        """Further statistics, for held-out data only: how well the implicit reward ranks the responses."""
+        with torch.no_grad():
+            batch = statistics.without_rounding(self._prepare(responses))
+            implicit_GK = self._implicit(batch)
+            if implicit_GK is None or batch.reward_GK is None:
+                return {}
+            return evaluation.ranking(batch, implicit_GK=implicit_GK)
+
+    def at(self, progress: float) -> "Objective":
+        """The same at another point of the run: 0 before the first step, 1 after the last."""
+        return dataclasses.replace(self, progress=progress)
 
     def describe(self) -> str:
         """Formula, source, normalisation and knobs, for the log."""
-        return methods.describe(self.name, knobs=self.knobs)
+        return catalogue.describe(self.name, knobs=self.knobs)
+
+    def _prepare(self, responses: Responses) -> Responses:
+        return dataclasses.replace(_in_fp64(responses), progress=self.progress)
+
+    def _implicit(self, batch: Responses) -> torch.Tensor | None:
+        return None if self.reward is None else self.reward(batch)
 
 
 def build(config: ObjectiveConfig) -> Objective:
     """Raises UserError for an unknown method, a knob that it does not use, or a value that is not allowed."""
-    knobs = methods.resolve_knobs(config)
-    method = methods.find(config.method)
-    reads = methods.columns_read(method, knobs=knobs)
-    terms: list[Term] = [_letter(anchors, name, knobs) for name in method.anchors]
-    if method.divergence is not None:
-        terms.append(_divergence(method.divergence, knobs))
+    method = catalogue.find(config.method)
+    knobs = catalogue.resolve_knobs(config)
+    values = {**method.fixed, **knobs}
+    terms = [_divergence(row, values) for row in method.divergences]
+    if method.outside is not None:
+        terms.append(_letter(outside, method.outside, values))
     return Objective(
         name=config.method,
         knobs=knobs,
-        reads=reads,
-        select=_letter(selections, method.selection, knobs),
+        reads=catalogue.columns_read(method, knobs=knobs),
+        select=_letter(selections, method.selection, values),
         terms=tuple(terms),
-        implicit=_letter(rewards, "implicit", knobs) if "ref_logp" in reads else None,
+        anchors=tuple(_anchor(row, values) for row in method.anchors if _number(row.weight, values)),
+        reward=_reward(method, values),
     )
 
 
-def _divergence(row: Divergence, knobs: Mapping[str, KnobValue]) -> Term:
-    score = _letter(rewards, row.score, knobs)
-    target = _letter(targets, row.target, knobs)
-    distance = _letter(distances, row.distance, knobs)
+def _divergence(row: Divergence, values: Values) -> PairTerm:
+    score = _letter(rewards, row.score, values)
+    target = _letter(targets, row.target, values)
+    distance = _letter(distances, row.distance, values)
+    weight = _number(row.weight, values)
 
-    def term(batch: Responses, selected_GK: torch.Tensor) -> torch.Tensor:
-        return row.factor * distance(score(batch), target(batch), selected_GK)
+    def term(batch: Responses, mask_RK: torch.Tensor) -> torch.Tensor:
+        return weight * distance(score(batch), target(batch), mask_RK)
 
-    return term
+    def worst_case(batch: Responses, mask_RK: torch.Tensor) -> torch.Tensor:
+        assert batch.rewards_GKM is not None
+        members = [dataclasses.replace(batch, reward_GK=reward_GK) for reward_GK in batch.rewards_GKM.unbind(dim=2)]
+        return torch.stack([term(member, mask_RK) for member in members]).amin(dim=0)
+
+    return worst_case if row.worst_case else term
 
 
-def _letter(module: ModuleType, name: str, knobs: Mapping[str, KnobValue]) -> Letter:
-    """The function `name` of a letter module, with its keyword-only arguments bound to the knobs of those names."""
+def _anchor(row: Anchor, values: Values) -> Letter:
+    function = _letter(anchors, row.term, values)
+    weight = _number(row.weight, values)
+    return lambda batch: weight * function(batch)
+
+
+def _reward(method: Method, values: Values) -> Letter | None:
+    return None if method.implicit is None else _letter(rewards, method.implicit, values)
+
+
+def _number(weight: float | str, values: Values) -> float:
+    value = values[weight] if isinstance(weight, str) else weight
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+def _letter(module: ModuleType, name: str, values: Values) -> Callable[..., Any]:
+    """The function `name` of a letter module, with its keyword-only arguments bound to the values of those names."""
     function = getattr(module, name)
     parameters = inspect.signature(function).parameters.values()
-    return partial(function, **{p.name: knobs[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY})
+    return partial(function, **{p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY})
 
 
 def _in_fp64(responses: Responses) -> Responses:
-    def wide(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.double()
-
-    return dataclasses.replace(
-        responses,
-        logp_GK=responses.logp_GK.double(),
-        ref_logp_GK=wide(responses.ref_logp_GK),
-        reward_GK=wide(responses.reward_GK),
-    )
+    names = ("logp_GK", "value_GK", "ref_logp_GK", "token_kl_GK", "reward_GK", "rewards_GKM")
+    present = {name: value for name in names if (value := getattr(responses, name)) is not None}
+    return dataclasses.replace(responses, **{name: value.double() for name, value in present.items()})

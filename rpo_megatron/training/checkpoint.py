@@ -14,7 +14,7 @@ exchanged as safetensors (`rpo export`).
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ from rpo_megatron.errors import UserError
 from rpo_megatron.fileio import fsync, fsync_tree, sha256, write_json, write_text_atomically
 from rpo_megatron.model import compat
 from rpo_megatron.model.build import ScoringModel
-from rpo_megatron.model.hf_io import copy_companions
+from rpo_megatron.model.companions import copy_companions
+from rpo_megatron.model.hf import SCORE
+from rpo_megatron.model.shape import VALUE_ARCHITECTURE, Head, ModelShape, read_shape
 from rpo_megatron.model.source import CHECKPOINTS, FORMAT, HF, LATEST, SHARDS, STATE, Source, read_state
-from rpo_megatron.model.weights import load_hf
+from rpo_megatron.model.weights import draw_value_head, load_hf
 
 SHARDING = "fully_reshardable"
 """How the optimizer's state is cut: the only one of megatron's kinds that any layout can load."""
+NOT_WEIGHTS = ("dtype", "pad_token")
+"""Fields of ModelShape that say nothing about the weights."""
 HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -71,7 +75,8 @@ def save(
     along.
     """
     staging = directory.with_name(f".{directory.name}.incomplete")
-    on_leader(lambda: _begin(staging, config_text, companions, dtype=HF_DTYPES[state.precision]))
+    dtype, head = HF_DTYPES[state.precision], model.shape.head
+    on_leader(lambda: _begin(staging, config_text, companions, dtype=dtype, head=head))
     dist_checkpointing.save(
         _sharded_state(model, optimizer, groups, is_loading=False),
         str(staging / SHARDS),
@@ -109,16 +114,46 @@ def load(model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunS
     return RunState(**{name: record[name] for name in RunState.__dataclass_fields__})
 
 
-def load_weights(model: ScoringModel, source: Source, groups: Groups) -> None:
-    """Fill a model from a Hugging Face directory or a checkpoint, cast to the model's precision."""
+def load_weights(model: ScoringModel, source: Source, groups: Groups, *, seed: int | None = None) -> None:
+    """Fill a model from a Hugging Face directory or a checkpoint, cast to the model's precision.
+
+    A language model may fill a reward model: its output layer stays behind, and the value head is drawn from `seed`.
+    Raises UserError for that without a seed, and for a reward model where a language model is wanted.
+    """
+    head = read_shape(source.hf).head
+    _check_head(source, head, model, may_draw=seed is not None)
     if source.kind == "huggingface":
-        load_hf(model, str(source.path), groups)
-        return
-    record = read_state(source.path)
-    _check_shape(source.path, record, model)
-    _verify(source.path, record, groups)
-    sharded = {"model": model.sharded_state_dict(metadata=_metadata(groups))}
-    model.load_state_dict(_load(sharded, source.path, StrictHandling.RAISE_UNEXPECTED)["model"])
+        load_hf(model, str(source.path), groups, head=head)
+    else:
+        _load_checkpoint(model, source.path, groups, head=head)
+    if head != model.shape.head:
+        assert seed is not None
+        draw_value_head(model, seed, groups)
+
+
+def _check_head(source: Source, head: Head, model: ScoringModel, *, may_draw: bool) -> None:
+    if head == "value" and model.shape.head == "lm":
+        raise UserError(
+            f"{source.path}: is a reward model and has no output layer to take log-probabilities from; give a language "
+            f"model"
+        )
+    if head == "lm" and model.shape.head == "value" and not may_draw:
+        raise UserError(
+            f"{source.path}: is no reward model: it has no value head; give one that an objective with a value head "
+            f"has trained, or a Hugging Face ...{VALUE_ARCHITECTURE} with one label"
+        )
+
+
+def _load_checkpoint(model: ScoringModel, directory: Path, groups: Groups, *, head: Head) -> None:
+    record = read_state(directory)
+    _check_shape(directory, record, replace(model.shape, head=head))
+    _verify(directory, record, groups)
+    sharded = model.sharded_state_dict(metadata=_metadata(groups))
+    if head == "lm":
+        sharded.pop(SCORE, None)
+    loaded = _load({"model": sharded}, directory, StrictHandling.RAISE_UNEXPECTED)["model"]
+    left_alone = {name: tensor for name, tensor in model.state_dict().items() if name == SCORE and head == "lm"}
+    model.load_state_dict({**loaded, **left_alone})
 
 
 def make_latest(directory: Path, *, keep: int) -> None:
@@ -156,7 +191,7 @@ def _load(sharded: dict[str, Any], directory: Path, strict: StrictHandling) -> d
 
 
 def _check_fits(directory: Path, record: dict[str, Any], model: ScoringModel, expected: RunState) -> None:
-    _check_shape(directory, record, model)
+    _check_shape(directory, record, model.shape)
     if not record["has_optimizer"]:
         raise UserError(f"{directory}: holds weights only and cannot be resumed; start from it with model.path")
     advice = {
@@ -182,10 +217,10 @@ def _difference(before: Any, now: Any) -> str:
     return f"{before} there, {now} here"
 
 
-def _check_shape(directory: Path, record: dict[str, Any], model: ScoringModel) -> None:
-    ours = asdict(model.shape)
-    theirs = record["model"]
-    different = [name for name in ours if name != "dtype" and theirs.get(name) != ours[name]]
+def _check_shape(directory: Path, record: dict[str, Any], shape: ModelShape) -> None:
+    ours = asdict(shape)
+    theirs = {"head": "lm", **record["model"]}  # checkpoints from before there were reward models do not say
+    different = [name for name in ours if name not in NOT_WEIGHTS and theirs.get(name) != ours[name]]
     if different:
         listed = ", ".join(f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in different)
         raise UserError(
@@ -212,12 +247,12 @@ def _verify(directory: Path, record: dict[str, Any], groups: Groups) -> None:
         )
 
 
-def _begin(staging: Path, config_text: str, companions: Path, *, dtype: str) -> None:
+def _begin(staging: Path, config_text: str, companions: Path, *, dtype: str, head: Head) -> None:
     if staging.exists():
         shutil.rmtree(staging)  # left by a run that died while writing
     for name in (SHARDS, HF):
         (staging / name).mkdir(parents=True)
-    copy_companions(companions, staging / HF, dtype=dtype)
+    copy_companions(companions, staging / HF, dtype=dtype, head=head)
     (staging / "config.yaml").write_text(config_text, encoding="utf-8")
 
 

@@ -7,7 +7,8 @@ from rpo_megatron.config import ExportConfig, ImportConfig, ParallelConfig
 from rpo_megatron.distributed import Groups, barrier, start, stop
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import ScoringModel, build
-from rpo_megatron.model.hf_io import HFWriter, copy_companions
+from rpo_megatron.model.companions import copy_companions
+from rpo_megatron.model.hf_io import HFWriter
 from rpo_megatron.model.shape import check_layout, num_parameters, read_shape
 from rpo_megatron.model.source import find, read_state
 from rpo_megatron.model.weights import gather_hf
@@ -43,7 +44,7 @@ def write_hf(model: ScoringModel, config: ExportConfig, companions: Path, *, dty
         with HFWriter(config.save, max_shard_bytes=int(config.max_shard_gb * 1e9)) as writer:
             for name, tensor in tensors:
                 writer.add(name, tensor)
-            copy_companions(companions, writer.staging, dtype=dtype)
+            copy_companions(companions, writer.staging, dtype=dtype, head=model.shape.head)
     barrier()  # all wait until the directory has its name
 
 

@@ -1,8 +1,8 @@
-"""Evaluation on the held-out store: the training objective and its statistics, forward only."""
+"""Evaluation on the held-out store: the training objective and its statistics, and how well the model's own notion of
+reward (the implicit reward of a policy, the value of a reward model) ranks the responses. Forward only."""
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rpo_megatron.config import RunConfig
@@ -10,14 +10,13 @@ from rpo_megatron.data.loader import Loader
 from rpo_megatron.data.store import Store
 from rpo_megatron.distributed import Groups, start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import build
-from rpo_megatron.model.source import Source, find, newest_checkpoint
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.statistics import Stats
-from rpo_megatron.training.checkpoint import load_weights
+from rpo_megatron.training import describe
 from rpo_megatron.training.forward import merge_stats, run_objective, to_device
-from rpo_megatron.training.metrics import Reducer, format_line
+from rpo_megatron.training.metrics import Reducer, format_line, format_table
+from rpo_megatron.training.policy import choose_weights, load_policy, progress
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
 
@@ -31,32 +30,38 @@ class Evaluation:
 
     loader: Loader
     num_groups: int
-    objective: Objective
+    data: str
+    """Fingerprint of the held-out store."""
     fill_reference: Fill
     groups: Groups
 
-    def run(self, model: Any) -> Stats:
+    def run(self, model: Any, objective: Objective) -> Stats:
         """This rank's sums and counts over the store. Every rank must call this."""
         total: Stats = {}
         for first in range(0, self.num_groups, GROUPS_AT_A_TIME):
             rows = self.loader.sequential(first, min(GROUPS_AT_A_TIME, self.num_groups - first))
             batches = self.fill_reference([to_device(row, self.groups.device) for row in rows])
-            total = merge_stats(total, run_objective(model, batches, self.objective, train=False))
+            total = merge_stats(total, run_objective(model, batches, objective, train=False))
         return total
 
 
-def build_evaluation(plan: Plan, groups: Groups, *, objective: Objective, fill_reference: Fill) -> Evaluation:
-    """Raises UserError without a held-out store."""
-    store = plan.valid_store
-    if store is None:
-        raise UserError("data.valid: give the PREFIX of a held-out store to evaluate on")
+def build_evaluation(plan: Plan, groups: Groups, *, fill_reference: Fill) -> Evaluation:
+    """`fill_reference` completes the batches, as in training."""
+    store = held_out(plan)
     return Evaluation(
         loader=make_loader(plan, plan.with_reference(store), groups),
         num_groups=min(len(store), plan.config.evaluation.groups or len(store)),
-        objective=objective,
+        data=store.fingerprint,
         fill_reference=fill_reference,
         groups=groups,
     )
+
+
+def held_out(plan: Plan) -> Store:
+    """Raises UserError without one."""
+    if plan.valid_store is None:
+        raise UserError("data.valid: give the PREFIX of a held-out store to evaluate on")
+    return plan.valid_store
 
 
 def make_loader(plan: Plan, store: Store, groups: Groups) -> Loader:
@@ -74,35 +79,20 @@ def make_loader(plan: Plan, store: Store, groups: Groups) -> Loader:
 
 
 def evaluate_run(config: RunConfig) -> None:
-    """`rpo eval`: prints the statistics as in a training log, and last, in full, as one line of JSON."""
+    """`rpo eval`: prints a table of the statistics, the line of a training log, and last, in full, a line of JSON."""
     groups = start(config.parallel)
     plan = resolve(config)
-    source = _evaluated(plan)
-    if plan.valid_store is not None:
-        plan.with_reference(plan.valid_store)  # refused before any weight is loaded
-    objective = objectives.build(config.objective)
-    fill_reference = build_reference(plan, groups)
-    evaluation = build_evaluation(plan, groups, objective=objective, fill_reference=fill_reference)
-    model = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
-    load_weights(model, source, groups)
-    means = Reducer(groups)(evaluation.run(model)).means
+    weights = choose_weights(plan, key="evaluation.checkpoint", wish=config.evaluation.checkpoint)
+    plan.with_reference(held_out(plan))  # refused before any weight is loaded
+    objective = objectives.build(config.objective).at(progress(plan, weights))
+    evaluation = build_evaluation(plan, groups, fill_reference=build_reference(plan, groups))
+    model = load_policy(plan, weights, groups)
+    means = Reducer(groups)(evaluation.run(model, objective)).means
     if groups.leads:
-        print(f"evaluated {source.path} on {evaluation.num_groups} groups of {config.data.valid}")
+        path = weights.source.path
+        print(f"evaluated {path} on {evaluation.num_groups} groups of {config.data.valid}")
+        print(f"rewards: {describe.rewards(plan)}")
+        print(format_table(means))
         print(f"valid | {format_line(means)}")
-        print(json.dumps({"weights": str(source.path), "groups": evaluation.num_groups, **means}))
+        print(json.dumps({"weights": str(path), "groups": evaluation.num_groups, **means}))
     stop()
-
-
-def _evaluated(plan: Plan) -> Source:
-    wish = plan.config.evaluation.checkpoint
-    if wish == "start":
-        return plan.source
-    if wish is not None:
-        return find(wish)
-    newest = newest_checkpoint(plan.config.run_dir)
-    if newest is None:
-        raise UserError(
-            f"run_dir '{plan.config.run_dir}' has no checkpoint yet; train first, or evaluate the starting weights "
-            f"with evaluation.checkpoint=start"
-        )
-    return Source(path=Path(newest), kind="checkpoint")

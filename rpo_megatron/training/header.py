@@ -7,8 +7,8 @@ from megatron.core import __version__ as megatron_version
 
 from rpo_megatron import __version__
 from rpo_megatron.distributed import Groups
-from rpo_megatron.objectives import methods
-from rpo_megatron.training import resolve
+from rpo_megatron.model.shape import read_shape
+from rpo_megatron.training import describe
 from rpo_megatron.training.resolve import Plan
 
 
@@ -20,19 +20,18 @@ def show(plan: Plan, groups: Groups, *, resume_from: Path | None) -> None:
 
 def text(plan: Plan, groups: Groups, *, resume_from: Path | None) -> str:
     config = plan.config
-    knobs = methods.resolve_knobs(config.objective)
-    valid = "none" if plan.valid_store is None else resolve.describe_store(plan.valid_store)
     rows = {
         "rpo_megatron": f"{__version__}, torch {torch.__version__}, megatron-core {megatron_version}",
-        "model": resolve.describe_model(plan),
+        "model": describe.model(plan),
         "start": _start(plan, resume_from),
         "layout": _layout(plan, groups),
-        "precision": f"{config.precision} weights; fp32 gradients, master weights and log-probs; fp64 objective",
-        "objective": methods.describe(config.objective.method, knobs=knobs),
-        "reference": resolve.describe_reference(plan),
-        "train data": resolve.describe_store(plan.train_store),
-        "valid data": valid,
-        "steps": resolve.describe_steps(plan),
+        "precision": f"{config.precision} weights; fp32 gradients, master weights and scores; fp64 objective",
+        "objective": describe.objective(plan),
+        "rewards": describe.rewards(plan),
+        "reference": describe.reference(plan),
+        "train data": describe.store(plan.train_store),
+        "valid data": describe.valid_store(plan),
+        "steps": describe.steps(plan),
         "batches": _batches(plan),
         "run": config.run_dir,
     }
@@ -44,7 +43,8 @@ def _start(plan: Plan, resume_from: Path | None) -> str:
         return f"resumed from {resume_from}"
     if plan.config.model.init == "random":
         return f"random weights, seed {plan.config.seed}"
-    return f"{plan.source.path}, weights {plan.source.fingerprint()[:12]}"
+    head = f", value head drawn from seed {plan.config.seed}" * (read_shape(plan.source.hf).head != plan.shape.head)
+    return f"{plan.source.path}, weights {plan.source.fingerprint()[:12]}{head}"
 
 
 def _layout(plan: Plan, groups: Groups) -> str:
@@ -52,7 +52,7 @@ def _layout(plan: Plan, groups: Groups) -> str:
     device = "CPU (gloo)" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name(groups.device)} (nccl)"
     return (
         f"{groups.world} process{'es' * (groups.world > 1)} = tensor {groups.tp.size} x pipeline {groups.pp.size} "
-        f"({resolve.describe_stages(plan)}) x data {groups.dp.size}{sequence}; {device}"
+        f"({describe.stages(plan)}) x data {groups.dp.size}{sequence}; {device}"
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from rpo_megatron.config import LoggingConfig
 from rpo_megatron.distributed import Groups, gather_objects, sum_over_world
 from rpo_megatron.fileio import write_text_atomically
-from rpo_megatron.objectives.statistics import Stats
+from rpo_megatron.objectives.statistics import Stats, summarise
 from rpo_megatron.training.forward import merge_stats
 
 METRICS_FILE = "metrics.jsonl"
@@ -26,7 +26,15 @@ COLUMNS = (  # name, label, format
     ("reward_rest", "reward rest", "+z.4f"),
     ("logp_best", "logp best", ".1f"),
     ("logp_rest", "logp rest", ".1f"),
+    ("logp_best_change", "best change", "+z.2f"),
+    ("logp_rest_change", "rest change", "+z.2f"),
     ("kl", "kl", "+z.4f"),
+    ("token_kl", "token kl", "z.4f"),
+    ("length_correlation", "length corr", "+z.3f"),
+    ("best_of_n", "best of n", ".4f"),
+    ("kendall_tau", "tau", "+z.3f"),
+    ("brier", "brier", ".3f"),
+    ("calibration_error", "calib", ".3f"),
     ("grad_norm", "grad", ".3g"),
     ("lr", "lr", ".2e"),
     ("tokens_per_second", "tok/s", ".0f"),
@@ -34,6 +42,20 @@ COLUMNS = (  # name, label, format
     ("memory_gb", "GB", ".2f"),
 )
 """The log line, in order; a record may lack some (a method without reference has no kl)."""
+MEANINGS = {
+    "loss": "of the objective, mean over the groups",
+    "accuracy": "share of pairs that the model orders as the rewards do (chance 0.5)",
+    "kendall_tau": "rank correlation with the rewards within a group, -1 to 1",
+    "best_of_n": "reward of the response that the model ranks first",
+    "reward_mean": "reward of a random response",
+    "reward_max": "reward of the best response",
+    "brier": "mean squared error of its preference probabilities (knows nothing 0.25)",
+    "calibration_error": "mean distance between its confidence and its accuracy",
+    "length_correlation": "of what it thinks responses are worth with their lengths, within a group",
+}
+"""The table of `rpo eval`, in order: the same for the implicit reward of a policy and for a reward model."""
+DISPLACED = ("logp_best", "logp_rest")
+"""An evaluation also shows how far these have moved since the run's first: likelihood displacement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +63,7 @@ class Reduced:
     """The same on every rank."""
 
     means: dict[str, float]
+    """And other numbers that follow from sums and counts."""
     tokens: float
     """Useful (non-padding) tokens over all data-parallel ranks."""
     memory_gb: float
@@ -48,7 +71,8 @@ class Reduced:
 
 
 class Reducer:
-    """Turns the ranks' sums and counts into means with one all-reduce."""
+    """Turns the ranks' sums and counts into means with one all-reduce. For statistics that always have the same
+    names: a training step and an evaluation need one each."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
@@ -66,9 +90,9 @@ class Reducer:
             vector[2 * num] = tokens
         vector[2 * num + 1 + groups.rank] = peak_memory_gb(groups.device)
         numbers = sum_over_world(vector).tolist()
-        pairs = zip(self._names, numbers[:num], numbers[num : 2 * num], strict=True)
-        means = {name: value / count for name, value, count in pairs if count > 0}
-        return Reduced(means=means, tokens=numbers[2 * num], memory_gb=max(numbers[2 * num + 1 :]))
+        sums = dict(zip(self._names, numbers[:num], strict=True))
+        counts = dict(zip(self._names, numbers[num : 2 * num], strict=True))
+        return Reduced(means=summarise(sums, counts), tokens=numbers[2 * num], memory_gb=max(numbers[2 * num + 1 :]))
 
 
 class Metrics:
@@ -83,6 +107,7 @@ class Metrics:
         self._every = config.every
         self._num_steps = num_steps
         self._reduce = Reducer(groups)
+        self._reduce_evaluation = Reducer(groups)
         self._outputs = _open_outputs(config, Path(run_dir)) if groups.leads else None
         self._start_line()
 
@@ -113,9 +138,14 @@ class Metrics:
         self._write("train", step, record)
         self._start_line()
 
-    def log_evaluation(self, step: int, stats: Stats) -> None:
-        """The same for statistics over a held-out store. Every rank must call this."""
-        self._write("valid", step, self._reduce(stats).means)
+    def log_evaluation(self, step: int, stats: Stats, *, data: str, num_groups: int) -> None:
+        """The same for statistics over the first `num_groups` of the store with the fingerprint `data`. Every rank must
+        call this."""
+        record = self._reduce_evaluation(stats).means
+        about = {"data": data, "groups": num_groups}
+        if self._outputs is not None:
+            record = {**record, **_changes(record, first=_first_evaluation(self._outputs.jsonl, about))}
+        self._write("valid", step, record, about=about)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -134,12 +164,12 @@ class Metrics:
         self._steps = 0
         self._since = time.perf_counter()
 
-    def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
+    def _write(self, kind: str, step: int, record: dict[str, float], *, about: dict[str, Any] | None = None) -> None:
         if self._outputs is None:
             return
         print(f"{kind} {step:>{len(str(self._num_steps))}}/{self._num_steps} | {format_line(record)}", flush=True)
         with self._outputs.jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **record}) + "\n")
+            file.write(json.dumps({"step": step, "kind": kind, **(about or {}), **record}) + "\n")
         if self._outputs.tensorboard is not None:
             for name, value in record.items():
                 self._outputs.tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -162,6 +192,28 @@ def _open_outputs(config: LoggingConfig, run_dir: Path) -> _Outputs:
 
 def format_line(record: dict[str, float]) -> str:
     return " | ".join(f"{label} {record[name]:{form}}" for name, label, form in COLUMNS if name in record)
+
+
+def format_table(record: dict[str, float]) -> str:
+    """One line for each of MEANINGS that the record has."""
+    return "\n".join(f"  {name:<19}{record[name]:>10.4f}  {text}" for name, text in MEANINGS.items() if name in record)
+
+
+def _first_evaluation(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run logged at step 0, if that was about the same data."""
+    if not file.is_file():
+        return None
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "valid" and record["step"] == 0:
+            return record if about.items() <= record.items() else None
+    return None
+
+
+def _changes(record: dict[str, float], *, first: dict[str, Any] | None) -> dict[str, float]:
+    names = [name for name in DISPLACED if name in record]
+    first = first or {}
+    return {f"{name}_change": record[name] - first[name] for name in names if name in first}
 
 
 def peak_memory_gb(device: torch.device) -> float:

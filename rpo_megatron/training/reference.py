@@ -1,15 +1,17 @@
-"""The frozen reference, as a function that completes a list of batches with `ref_logp_GK`.
+"""The frozen reference, as a function that completes a list of batches with what the objective reads of it.
 
-A method that reads no reference gets the identity and loads nothing; a stored reference is already in the batches; a
-resident one is a second model that runs one forward-only pass over the step's batches.
+A method that reads no reference gets the identity and loads nothing; stored log-probs are already in the batches; a
+resident one is a second model that runs one forward-only pass over the step's batches, for its log-probs and, where
+the objective compares whole distributions (`token_kl`), its hidden states as well.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model.build import ScoringModel, build
 from rpo_megatron.training.checkpoint import load_weights
-from rpo_megatron.training.forward import Batch, run_logps, with_reference
+from rpo_megatron.training.forward import Batch, with_reference_logps, with_reference_tokens
 from rpo_megatron.training.resolve import Plan
 
 Fill = Callable[[list[Batch]], list[Batch]]
@@ -18,13 +20,9 @@ Fill = Callable[[list[Batch]], list[Batch]]
 def build_reference(plan: Plan, groups: Groups) -> Fill:
     """Raises UserError when the reference's weights cannot be loaded."""
     if plan.reference != "resident":
-        return _nothing
-    model = load_reference(plan, groups)
-
-    def fill(batches: list[Batch]) -> list[Batch]:
-        return with_reference(batches, run_logps(model, batches))
-
-    return fill
+        return without_reference
+    complete = with_reference_tokens if "token_kl" in plan.reads else with_reference_logps
+    return partial(complete, load_reference(plan, groups))
 
 
 def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
@@ -44,5 +42,6 @@ def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
     return model
 
 
-def _nothing(batches: list[Batch]) -> list[Batch]:
+def without_reference(batches: list[Batch]) -> list[Batch]:
+    """Nothing to complete."""
     return batches

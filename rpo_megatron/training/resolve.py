@@ -5,20 +5,25 @@ anything expensive happens.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from rpo_megatron import config_io
-from rpo_megatron.config import RunConfig
+from rpo_megatron.config import RewardsConfig, RunConfig
+from rpo_megatron.data.rewards import make_view
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.tokenizer import same_tokenizer, tokenizer_fingerprints
+from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import ModelShape, check_layout, num_parameters, padded_vocab, read_shape, stage_layers
+from rpo_megatron.model.shape import ModelShape, check_layout, read_shape
 from rpo_megatron.model.source import Source, find
-from rpo_megatron.objectives import methods
+from rpo_megatron.objectives import catalogue
+from rpo_megatron.objectives.row import KnobValue
+
+READS_REFERENCE = frozenset({"ref_logp", "token_kl"})
+READS_REWARD = frozenset({"reward", "rewards"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +39,28 @@ class Plan:
 
     @cached_property
     def shape(self) -> ModelShape:
-        return read_shape(self.source.hf)
+        """Of the model that is trained."""
+        return self.shape_of(self.source)
+
+    def shape_of(self, source: Source) -> ModelShape:
+        """Of the weights in `source`, with the head that the objective trains: one value, or an output layer."""
+        if "value" in self.reads:
+            return replace(read_shape(source.hf), head="value")
+        return _language_model(source, f"objective.method={self.config.objective.method}")
+
+    @cached_property
+    def knobs(self) -> Mapping[str, KnobValue]:
+        """Of the objective."""
+        return catalogue.resolve_knobs(self.config.objective)
 
     @cached_property
     def reads(self) -> frozenset[str]:
-        """Columns that the objective reads: ref_logp, reward, length."""
-        knobs = methods.resolve_knobs(self.config.objective)
-        return methods.columns_read(methods.find(self.config.objective.method), knobs=knobs)
+        """What the objective reads; see Method.reads."""
+        return catalogue.columns_read(catalogue.find(self.config.objective.method), knobs=self.knobs)
 
     @property
     def reference(self) -> Literal["none", "resident", "stored"]:
-        return self.config.reference.mode if "ref_logp" in self.reads else "none"
+        return self.config.reference.mode if self.reads & READS_REFERENCE else "none"
 
     @cached_property
     def reference_source(self) -> Source:
@@ -53,24 +69,33 @@ class Plan:
 
     @cached_property
     def reference_shape(self) -> ModelShape:
-        return read_shape(self.reference_source.hf)
+        return _language_model(self.reference_source, "the reference")
 
     @cached_property
     def reference_fingerprint(self) -> str:
         return self.reference_source.fingerprint()
 
     @cached_property
+    def stores(self) -> list[Store]:
+        """data.train and, if there is one, data.valid, as they are on disk."""
+        prefixes = (self.config.data.train, self.config.data.valid)
+        return [self._open(prefix) for prefix in prefixes if prefix is not None]
+
+    @cached_property
     def train_store(self) -> Store:
-        return self._open(self.config.data.train)
+        """data.train with the rewards that the objective reads."""
+        return self._as_read(self.stores[0])
 
     @cached_property
     def valid_store(self) -> Store | None:
-        prefix = self.config.data.valid
-        return None if prefix is None else self._open(prefix)
+        return None if self.config.data.valid is None else self._as_read(self.stores[1])
 
-    @property
-    def stores(self) -> list[Store]:
-        return [store for store in (self.train_store, self.valid_store) if store is not None]
+    @cached_property
+    def view(self) -> RewardView | None:
+        """Which reward columns the objective reads, and how, in terms of the training store; None if it reads none."""
+        if not self.reads & (READS_REWARD | {"source"}):
+            return None
+        return make_view(self.config.rewards, self.stores[0], source_column=self.config.data.source_column)
 
     @cached_property
     def num_steps(self) -> int:
@@ -98,17 +123,47 @@ class Plan:
         """The store as the objective reads it: with its stored reference, if the config says `stored`."""
         return store.with_reference(self.reference_identity(store)) if self.reference == "stored" else store
 
+    def check_model(self, source: Source) -> None:
+        """Weights that are not those of model.path can be split as the config says, and can read the data.
+
+        Raises UserError otherwise.
+        """
+        shape = self.shape_of(source)
+        self._check_layout(shape)
+        for store in self.stores:
+            _check_model_reads(store, source, shape)
+
+    def check_models(self) -> None:
+        """The same for the starting weights and the reference, and that the two can be compared."""
+        self._check_layout(self.shape)
+        if self.reference == "none":
+            return
+        self._check_layout(self.reference_shape)
+        if "token_kl" in self.reads and self.reference_shape.vocab_size != self.shape.vocab_size:
+            raise UserError(
+                f"reference.path: {self.reference_source.path} has a vocabulary of {self.reference_shape.vocab_size}, "
+                f"the model in {self.source.path} has {self.shape.vocab_size}: a KL over the vocabulary needs one and "
+                f"the same; use objective.kl_estimator=sample, or another reference"
+            )
+
+    def _check_layout(self, shape: ModelShape) -> None:
+        parallel = self.config.parallel
+        check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline)
+
     def _open(self, prefix: str) -> Store:
         store = Store.open(prefix)
         _check_model_reads(store, self.source, self.shape)
         if self.reference != "none":
             _check_model_reads(store, self.reference_source, self.reference_shape)
-        if "reward" in self.reads and not store.has_reward:
+        return store
+
+    def _as_read(self, store: Store) -> Store:
+        if self.reads & READS_REWARD and not set(store.columns) - {self.config.data.source_column}:
             raise UserError(
                 f"'{store.prefix}' has no rewards, but objective.method={self.config.objective.method} reads them; "
                 f"prepare data that has them, or train with objective.method=sft objective.responses=all"
             )
-        return store
+        return store if self.view is None else store.with_view(self.view)
 
 
 def resolve(config: RunConfig) -> Plan:
@@ -118,119 +173,54 @@ def resolve(config: RunConfig) -> Plan:
     """
     check_config(config)
     plan = Plan(config=config)
-    check_layout(plan.shape, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    plan.check_models()
     _ = plan.train_store, plan.valid_store
-    if plan.reference != "none":
-        check_layout(plan.reference_shape, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     return plan
 
 
 def check_config(config: RunConfig) -> None:
     """What can be told from the config alone."""
-    train, optimizer, parallel = config.train, config.optimizer, config.parallel
-    reads_reference = "ref_logp" in Plan(config=config).reads
+    train, optimizer = config.train, config.optimizer
     given = [name for name, value in (("steps", train.steps), ("epochs", train.epochs)) if value is not None]
     if len(given) != 1:
         raise UserError(f"give one of train.steps and train.epochs, found {' and '.join(given) or 'neither'}")
-    _positive(config)
-    if parallel.sequence and parallel.tensor == 1:
+    _check_numbers(config)
+    if config.parallel.sequence and config.parallel.tensor == 1:
         raise UserError("parallel.sequence splits over the tensor ranks: it needs parallel.tensor > 1")
     if optimizer.schedule == "constant" and optimizer.min_lr:
         raise UserError("optimizer.min_lr is not used by optimizer.schedule=constant; remove it, or use cosine")
     if config.evaluation.every and config.data.valid is None:
         raise UserError("evaluation.every needs a held-out store: give data.valid, or set evaluation.every=0")
-    if config.reference.path is not None and not reads_reference:
-        raise UserError(f"reference.path is not used: objective.method={config.objective.method} reads no reference")
-    if config.reference.mode == "stored" and not reads_reference:
-        raise UserError(f"reference.mode is not used: objective.method={config.objective.method} reads no reference")
+    _check_columns(config, reads=Plan(config=config).reads)
 
 
-def print_config(config: RunConfig) -> None:
-    """`rpo config`: the resolved config as yaml, then what follows from it (as far as the files are there)."""
-    print(config_io.dump(config))
-    check_config(config)
-    plan = Plan(config=config)
-    for name, describe in _DERIVED.items():
-        print(f"# {name:<12} {_or_reason(lambda describe=describe: describe(plan))}")  # type: ignore[misc]
+def _check_columns(config: RunConfig, *, reads: frozenset[str]) -> None:
+    """What the objective reads is given, and what is given is read."""
+    method = f"objective.method={config.objective.method}"
+    if config.reference.path is not None and not reads & READS_REFERENCE:
+        raise UserError(f"reference.path is not used: {method} reads no reference")
+    if config.reference.mode == "stored" and not reads & READS_REFERENCE:
+        raise UserError(f"reference.mode is not used: {method} reads no reference")
+    if config.reference.mode == "stored" and "token_kl" in reads:
+        raise UserError(
+            f"{method} with objective.kl_estimator=token compares whole distributions, which no store holds: set "
+            f"reference.mode=resident, or objective.kl_estimator=sample"
+        )
+    if "source" in reads and config.data.source_column is None:
+        raise UserError(
+            f"{method} must know which responses come from other models: name the column of the store that says so "
+            f"with data.source_column"
+        )
+    if config.data.source_column is not None and "source" not in reads:
+        raise UserError(f"data.source_column is not used: {method} does not ask where responses come from; remove it")
+    if config.rewards != RewardsConfig() and not reads & READS_REWARD:
+        raise UserError(f"the section `rewards` is not used: {method} reads no rewards; remove it")
+    named = [*config.rewards.columns, config.data.source_column]
+    if twice := {name for name in named if named.count(name) > 1}:
+        raise UserError(f"rewards.columns, data.source_column: name each column once; found {twice.pop()} twice")
 
 
-def _or_reason(describe: Callable[[], str]) -> str:
-    try:
-        return describe()
-    except UserError as error:
-        return f"not known yet: {error}"
-
-
-def describe_model(plan: Plan) -> str:
-    shape = plan.shape
-    check_layout(shape, tensor=plan.config.parallel.tensor, pipeline=plan.config.parallel.pipeline)
-    return (
-        f"{shape.family}, {num_parameters(shape):,} parameters, {shape.num_layers} layers, hidden {shape.hidden_size}, "
-        f"{shape.num_heads} heads ({shape.num_kv_heads} kv), vocabulary {shape.vocab_size} (padded to "
-        f"{padded_vocab(shape)}), {'tied' if shape.tied_embeddings else 'untied'} embeddings"
-    )
-
-
-def describe_layout(plan: Plan) -> str:
-    parallel = plan.config.parallel
-    sequence = " with sequence parallelism" if parallel.sequence else ""
-    model_ranks = parallel.tensor * parallel.pipeline
-    return (
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} ({describe_stages(plan)}){sequence}; "
-        f"data = processes / {model_ranks}"
-    )
-
-
-def describe_stages(plan: Plan) -> str:
-    stages = stage_layers(plan.shape, plan.config.parallel.pipeline)
-    return "+".join(map(str, stages)) + " layers"
-
-
-def describe_store(store: Store) -> str:
-    manifest = store.manifest
-    counts = sorted(manifest.responses_per_group)
-    widths = f"{counts[0]}-{counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    rewards = "no rewards"
-    if manifest.reward is not None:
-        rewards = f"rewards {manifest.reward.mean:.3g} +- {manifest.reward.std:.3g} ({manifest.reward.source})"
-    return (
-        f"{store.prefix}: {len(store):,} groups of {widths} responses, {manifest.tokens:,} tokens, {rewards}, "
-        f"fingerprint {store.fingerprint[:12]}"
-    )
-
-
-def describe_reference(plan: Plan) -> str:
-    if plan.reference == "none":
-        return f"none: {plan.config.objective.method} reads no reference"
-    text = f"{plan.reference}, {plan.reference_source.path}, weights {plan.reference_fingerprint[:12]}"
-    for store in plan.stores:
-        plan.with_reference(store)
-    return text
-
-
-def describe_steps(plan: Plan) -> str:
-    per_step = plan.config.train.groups_per_step
-    passes = plan.num_steps * per_step / len(plan.train_store)
-    return f"{plan.num_steps} of {per_step} groups ({passes:.2f} passes over the data)"
-
-
-_DERIVED: dict[str, Callable[[Plan], str]] = {
-    "model": describe_model,
-    "layout": describe_layout,
-    "objective": lambda plan: _objective(plan.config),
-    "train data": lambda plan: describe_store(plan.train_store),
-    "valid data": lambda plan: "none" if plan.valid_store is None else describe_store(plan.valid_store),
-    "reference": describe_reference,
-    "steps": describe_steps,
-}
-
-
-def _objective(config: RunConfig) -> str:
-    knobs = methods.resolve_knobs(config.objective)
-    return methods.describe(config.objective.method, knobs=knobs).replace("\n", "\n# " + " " * 13)
-
-
-def _positive(config: RunConfig) -> None:
+def _check_numbers(config: RunConfig) -> None:
     at_least_one = {
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
@@ -241,12 +231,13 @@ def _positive(config: RunConfig) -> None:
         "train.stop_at": config.train.stop_at,
         "train.groups_per_step": config.train.groups_per_step,
         "data.tokens_per_microbatch": config.data.tokens_per_microbatch,
+        "rewards.clip": config.rewards.clip,
         "checkpoint.keep": config.checkpoint.keep,
         "logging.every": config.logging.every,
         "evaluation.groups": config.evaluation.groups,
     }
     for key, value in at_least_one.items():
-        if value is not None and (value <= 0 or (isinstance(value, int) and value < 1)):
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{key} must be positive, found {value}")
     for key, beta in (("optimizer.beta1", config.optimizer.beta1), ("optimizer.beta2", config.optimizer.beta2)):
         if not 0 <= beta < 1:
@@ -263,6 +254,16 @@ def _positive(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{key} must be a number that is not negative, found {value}")
+
+
+def _language_model(source: Source, user: str) -> ModelShape:
+    shape = read_shape(source.hf)
+    if shape.head != "lm":
+        raise UserError(
+            f"{source.path} is a reward model: it has no output layer, and {user} needs log-probabilities; give a "
+            f"language model"
+        )
+    return shape
 
 
 def _check_model_reads(store: Store, source: Source, shape: ModelShape) -> None:

@@ -12,9 +12,8 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.distributed import Groups, on_leader, start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import ScoringModel, build, wrap
+from rpo_megatron.model.build import wrap
 from rpo_megatron.model.source import newest_checkpoint
-from rpo_megatron.model.weights import load_random
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.training import checkpoint, header
@@ -23,6 +22,7 @@ from rpo_megatron.training.evaluate import Evaluation, build_evaluation, make_lo
 from rpo_megatron.training.forward import to_device
 from rpo_megatron.training.metrics import Metrics, drop_records_after
 from rpo_megatron.training.optimizer import build_optimizer, learning_rate
+from rpo_megatron.training.policy import build_policy, load_start
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
 from rpo_megatron.training.step import train_step
@@ -38,7 +38,7 @@ class Run:
     loader: Loader
     reference: Fill
     model: Any
-    """The policy in megatron's DDP; the policy itself is `model.module`."""
+    """The policy, or the reward model, in megatron's DDP; it is itself `model.module`."""
     optimizer: Any
     evaluation: Evaluation | None
     metrics: Metrics
@@ -68,7 +68,7 @@ def train_loop(run: Run) -> None:
         rows = run.loader.step(step)
         batches = run.reference([to_device(row, run.groups.device) for row in rows])
         lr = learning_rate(config.optimizer, step, num_steps)
-        result = train_step(run.model, run.optimizer, batches, run.objective, lr=lr)
+        result = train_step(run.model, run.optimizer, batches, run.objective.at(step / num_steps), lr=lr)
         run.metrics.add(result.stats, tokens=sum(row.num_real_tokens for row in rows))
         done = step + 1
         if run.metrics.due(done):
@@ -87,20 +87,21 @@ def build_run(plan: Plan, groups: Groups) -> Run:
         plan.with_reference(store)  # a stored reference that does not fit is refused before any weight is loaded
     resume_from = _open_run_dir(config)
     header.show(plan, groups, resume_from=resume_from)
-    policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
+    policy = build_policy(plan, groups, shape=plan.shape)
     if resume_from is None:
-        _load_start(plan, policy, groups)
+        load_start(policy, plan, groups)
     model = wrap(policy)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
     first_step = 0
     if resume_from is not None:
         fresh = _run_state(plan, step=0)
         first_step = checkpoint.load(policy, optimizer, directory=resume_from, expected=fresh, groups=groups).step
-    on_leader(lambda: _take_over(config, first_step))
+    # A run that died before its first checkpoint leaves nothing to go on from, so nothing of its log is kept either.
+    on_leader(lambda: _take_over(config, keep_until=-1 if resume_from is None else first_step))
     reference = build_reference(plan, groups)
     evaluation = None
     if config.evaluation.every:
-        evaluation = build_evaluation(plan, groups, objective=objective, fill_reference=reference)
+        evaluation = build_evaluation(plan, groups, fill_reference=reference)
     return Run(
         plan=plan,
         groups=groups,
@@ -131,17 +132,10 @@ def _open_run_dir(config: RunConfig) -> Path | None:
     return on_leader(action)
 
 
-def _take_over(config: RunConfig, first_step: int) -> None:
+def _take_over(config: RunConfig, *, keep_until: int) -> None:
     """From here on the run directory is this run's: not earlier, because its checkpoint may have refused the config."""
-    drop_records_after(config.run_dir, first_step)
+    drop_records_after(config.run_dir, keep_until)
     config_io.write(config, Path(config.run_dir) / "config.yaml")
-
-
-def _load_start(plan: Plan, policy: ScoringModel, groups: Groups) -> None:
-    if plan.config.model.init == "random":
-        load_random(policy, plan.config.seed, groups)
-    else:
-        checkpoint.load_weights(policy, plan.source, groups)
 
 
 def _run_state(plan: Plan, *, step: int) -> RunState:
@@ -180,4 +174,5 @@ def _evaluate_if_due(run: Run, step: int) -> None:
     if evaluation is None or (step % every and step != run.plan.num_steps):
         return
     with run.metrics.paused():
-        run.metrics.log_evaluation(step, evaluation.run(run.model))
+        stats = evaluation.run(run.model, run.objective.at(step / run.plan.num_steps))
+        run.metrics.log_evaluation(step, stats, data=evaluation.data, num_groups=evaluation.num_groups)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.data.manifest import TokenizerInfo
 from rpo_megatron.data.microbatch import MicroBatch
-from rpo_megatron.data.store import Group, Store, StoreWriter
+from rpo_megatron.data.store import Group, Store
+from rpo_megatron.data.writer import StoreWriter
 from rpo_megatron.errors import UserError
 
 NUM_GROUPS = 23

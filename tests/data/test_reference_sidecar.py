@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rpo_megatron.data.manifest import TokenizerInfo
-from rpo_megatron.data.store import Store, StoreWriter, write_reference
+from rpo_megatron.data.store import Store
+from rpo_megatron.data.writer import StoreWriter, write_reference
 from rpo_megatron.errors import UserError
 
 INFO = TokenizerInfo(path="t", fingerprints={}, vocab_size=100, bos_id=1, eos_id=2)

@@ -8,8 +8,9 @@ import pytest
 from rpo_megatron.config import InspectConfig
 from rpo_megatron.data.manifest import NO_TEMPLATE
 from rpo_megatron.data.show import inspect
-from rpo_megatron.data.store import Store, StoreWriter, write_reference
+from rpo_megatron.data.store import Store
 from rpo_megatron.data.tokenizer import Tokenizer
+from rpo_megatron.data.writer import StoreWriter, write_reference
 from rpo_megatron.errors import UserError
 
 

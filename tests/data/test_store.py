@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from rpo_megatron.data.indexed import IndexedReader
 from rpo_megatron.data.manifest import RewardMoments, TokenizerInfo, bucket
-from rpo_megatron.data.store import Store, StoreWriter
+from rpo_megatron.data.store import Store
+from rpo_megatron.data.writer import StoreWriter
 from rpo_megatron.errors import UserError
 
 INFO = TokenizerInfo(path="t", fingerprints={"tokenizer.model": "f"}, vocab_size=100, bos_id=1, eos_id=2)
@@ -214,7 +215,7 @@ def test_killed_writer_leaves_nothing_that_opens(tmp_path: Path) -> None:
     script = (
         "import sys, numpy as np\n"
         "from rpo_megatron.data.manifest import TokenizerInfo\n"
-        "from rpo_megatron.data.store import StoreWriter\n"
+        "from rpo_megatron.data.writer import StoreWriter\n"
         "info = TokenizerInfo(path='t', fingerprints={}, vocab_size=100, bos_id=1, eos_id=2)\n"
         "with StoreWriter(sys.argv[1], tokenizer=info) as writer:\n"
         "    while True:\n"

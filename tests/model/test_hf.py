@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.companions import copy_companions
 from rpo_megatron.model.hf import (
     EMBEDDING,
     HF_EMBEDDING,
@@ -24,7 +25,7 @@ from rpo_megatron.model.hf import (
     merge,
     shard,
 )
-from rpo_megatron.model.hf_io import HFReader, HFWriter, copy_companions
+from rpo_megatron.model.hf_io import HFReader, HFWriter
 from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, read_shape
 
 transformers = pytest.importorskip("transformers")
@@ -44,7 +45,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"head_dim": 6}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 6}),
+    "llama-value": ("LlamaConfig", {"num_labels": 1, "pad_token_id": 3}),
+    "qwen2-value-tied": ("Qwen2Config", {"tie_word_embeddings": True, "num_labels": 1, "pad_token_id": 3}),
 }
+
+
+def auto_class(name: str) -> Any:
+    return transformers.AutoModelForSequenceClassification if "value" in name else transformers.AutoModelForCausalLM
 
 
 def save_model(directory: Path, name: str, **save: Any) -> Any:
@@ -54,7 +61,7 @@ def save_model(directory: Path, name: str, **save: Any) -> Any:
     sizes |= dict(num_key_value_heads=4, vocab_size=509, max_position_embeddings=64)
     config = getattr(transformers, kind)(**sizes, **changes)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(name).from_config(config)
     for parameter in model.parameters():  # norms and biases start as ones and zeros, which would hide a swap
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory, **save)
@@ -283,8 +290,8 @@ def test_transformers_loads_what_we_write(tmp_path: Path, name: str) -> None:
         for entry, shards in all_shards(reader, shape, tp_size=2):
             for key, tensor in merge(entry, shards, shape).items():
                 writer.add(key, tensor)
-        copy_companions(tmp_path / "source", writer.staging, dtype="float32")
-    copy, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy", output_loading_info=True)
+        copy_companions(tmp_path / "source", writer.staging, dtype="float32", head=shape.head)
+    copy, info = auto_class(name).from_pretrained(tmp_path / "copy", output_loading_info=True)
     assert not any(info.values()), info
     tokens = torch.arange(40).view(2, 20) * 12
     with torch.no_grad():

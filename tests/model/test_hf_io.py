@@ -4,14 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.hf_io import HFReader, HFWriter, copy_companions
+from rpo_megatron.model.hf_io import HFReader, HFWriter
 from rpo_megatron.model.identity import weights_fingerprint
 
 TENSORS = {name: torch.arange(6.0).view(2, 3) + i for i, name in enumerate("abcd")}
@@ -148,31 +147,6 @@ def test_existing_directory_is_refused(tmp_path: Path) -> None:
     """An export that overwrites another model."""
     with pytest.raises(UserError, match="exists already"):
         HFWriter(tmp_path, max_shard_bytes=1)
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
-        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
-        ({}, {"torch_dtype": "bfloat16"}),
-    ],
-)
-def test_companions(tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A model without its tokenizer or chat template, weights of the source copied along, a config.json that still
-    declares the old dtype."""
-    source, target = tmp_path / "source", tmp_path / "target"
-    (source / "additional_chat_templates").mkdir(parents=True)
-    target.mkdir()
-    kept = ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
-    for name in (*kept, "model.safetensors", "pytorch_model.bin"):
-        (source / name).write_text(name)
-    (source / "config.json").write_text(json.dumps({"model_type": "llama", "é": 1, **before}))
-    copy_companions(source, target, dtype="bfloat16")
-    assert json.loads((target / "config.json").read_text()) == {"model_type": "llama", "é": 1, **after}
-    copied = {path.relative_to(target).as_posix(): path.read_text() for path in target.rglob("*.*") if path.is_file()}
-    del copied["config.json"]
-    assert copied == {name: name for name in kept}
 
 
 # ------------------------------------------------------------------------------------------------ fingerprint

@@ -7,7 +7,7 @@ import torch
 
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
-from rpo_megatron.model.logprobs import response_logps, token_logprobs
+from rpo_megatron.model.logprobs import response_logps, scored_hidden, token_logprobs, vocab_logits
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def one_process() -> Iterator[None]:
 
 def logprobs(hidden_T1H: torch.Tensor, weight_VH: torch.Tensor, at: list[int], label: list[int]) -> torch.Tensor:
     position_N, label_N = torch.tensor(at, dtype=torch.long), torch.tensor(label, dtype=torch.long)
-    options = {"vocab_size": 13, "tp_rank": 0, "sequence_parallel": False}
-    return token_logprobs(hidden_T1H, weight_VH, position_N, label_N, **options)  # type: ignore[arg-type]
+    hidden_NH = scored_hidden(hidden_T1H, position_N, tp=start(ParallelConfig()).tp, sequence_parallel=False)
+    return token_logprobs(hidden_NH, weight_VH, label_N, vocab_size=13, tp_rank=0)
 
 
 def test_equals_log_softmax_without_the_padding() -> None:
@@ -37,6 +37,16 @@ def test_equals_log_softmax_without_the_padding() -> None:
     torch.testing.assert_close(got, want)
     assert not got[1][13:].any()
     assert not got[0][[0, 2, 3, 5]].any()
+
+
+@pytest.mark.parametrize(("tp_rank", "real"), [(0, 16), (1, 5), (2, 0)])
+def test_padding_is_masked_by_the_shards_place(tp_rank: int, real: int) -> None:
+    """Catches a mask that counts from the wrong shard's first row: 21 words over three shards of 16 rows."""
+    hidden_NH, weight_VH = torch.ones(2, 4), torch.ones(16, 4)
+    logits_NV = vocab_logits(hidden_NH, weight_VH, vocab_size=21, tp_rank=tp_rank)
+    assert (logits_NV[:, :real] == 4).all()
+    assert (logits_NV[:, real:] < -1e38).all()
+    assert logits_NV.isfinite().all()
 
 
 def test_row_without_scored_tokens() -> None:

@@ -89,6 +89,9 @@ QWEN_25 = {
 }
 
 
+REWARD = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+
+
 def read(tmp_path: Path, config: dict[str, Any], **changes: Any) -> ModelShape:
     merged = {k: v for k, v in {**config, **changes}.items() if v is not ...}
     (tmp_path / "config.json").write_text(json.dumps(merged))
@@ -159,6 +162,28 @@ def test_stories_model(shared: Path) -> None:
     assert num_parameters(shape) == 260032
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_reward_models_as_transformers_writes_them(tmp_path: Path, family: str) -> None:
+    """A reward model taken for a language model (whose output layer is then missing), or a label count that
+    transformers keeps under another key."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(family, num_labels=1, pad_token_id=3, vocab_size=16, **sizes)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    assert (read_shape(tmp_path).head, read_shape(tmp_path).pad_token) == ("value", 3)
+
+
+def test_head_of_other_configs(tmp_path: Path) -> None:
+    """A label count of an older file not found, a language model's idle label keys taken seriously, a padding token
+    of -1, which stands for none, taken for the last word."""
+    assert read(tmp_path, LLAMA_31, **REWARD).head == "value"
+    assert read(tmp_path, LLAMA_31, **{**REWARD, "id2label": ..., "num_labels": 1}).head == "value"
+    for architectures in (["LlamaForCausalLM"], [], None, ...):
+        assert read(tmp_path, LLAMA_31, architectures=architectures, num_labels=2).head == "lm"
+    assert [read(tmp_path, LLAMA_31, pad_token_id=pad).pad_token for pad in (0, 5, -1, None)] == [0, 5, None, None]
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -184,6 +209,9 @@ def test_stories_model(shared: Path) -> None:
         ({"vocab_size": 0}, "vocab_size"),
         ({"num_key_value_heads": 5}, "no multiple of 5 kv heads"),
         ({"num_attention_heads": 24}, "no head_dim"),
+        ({**REWARD, "id2label": ...}, "LlamaForSequenceClassification with 2 labels"),
+        ({**REWARD, "id2label": ..., "num_labels": 5}, "with 5 labels.*a reward model has 1"),
+        ({**REWARD, "id2label": {"0": "bad", "1": "good"}}, "with 2 labels"),
     ],
 )
 def test_unsupported_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -223,6 +251,9 @@ def test_num_parameters_of_published_models(tmp_path: Path) -> None:
     """A weight forgotten or counted twice: the totals in the hub's safetensors indices."""
     assert num_parameters(LLAMA_31_SHAPE) == 8_030_261_248
     assert num_parameters(read(tmp_path, QWEN_25)) == 494_032_768
+    # reward models: the output layer (or, tied, nothing) gives way to one row
+    assert num_parameters(replace(LLAMA_31_SHAPE, head="value")) == 8_030_261_248 - 128256 * 4096 + 4096
+    assert num_parameters(replace(read(tmp_path, QWEN_25), head="value")) == 494_032_768 + 896
 
 
 @pytest.mark.parametrize(("vocab", "padded"), [(1, 128), (128, 128), (129, 256), (509, 512), (128256, 128256)])

@@ -2,16 +2,30 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.objectives.distances import backward_kl, cross_entropy, forward_kl, squared, squared_loo
+from rpo_megatron.objectives.distances import (
+    absolute_squared,
+    backward_kl,
+    cross_entropy,
+    forward_kl,
+    hinge,
+    noise_corrected_cross_entropy,
+    reinforce_loo,
+    squared,
+    squared_loo,
+    squared_probability,
+)
 
 Distance = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-ALL = [backward_kl, cross_entropy, forward_kl, squared, squared_loo]
+rloo: Distance = partial(reinforce_loo, beta=0.3)
+ALL = [backward_kl, cross_entropy, forward_kl, squared, squared_loo, rloo, squared_probability]
+"""Distances that ignore constants. The others know pairs only, or scores without an unknown constant."""
 seeds = st.integers(0, 2**31)
 sizes = st.integers(2, 6)
 fast = settings(deadline=None, max_examples=40)
@@ -87,7 +101,8 @@ def test_golden_numbers_of_a_pair() -> None:
 @fast
 @given(seed=seeds, k=sizes)
 def test_slopes_follow_the_published_formulas(seed: int, k: int) -> None:
-    """A gradient that is not the paper's: Eq. 9 and 11 for bwd and sqloo, p (log p - log q - KL) for fwd."""
+    """A gradient that is not the paper's: Eq. 9 and 11 for bwd and sqloo, p (log p - log q - KL) for fwd, and for RLOO
+    the advantages -A_k / K (here by a = beta rho, so over beta too)."""
     a, b = random_pair(seed, 3, k)
     p, q = a.softmax(-1), b.softmax(-1)
     a_loo, b_loo = ((v - (v.sum(-1, keepdim=True) - v) / (k - 1)) for v in (a, b))
@@ -98,6 +113,9 @@ def test_slopes_follow_the_published_formulas(seed: int, k: int) -> None:
         forward_kl: p * (p.log() - q.log() - kl),
         squared_loo: k / (k - 1) * (a_loo - b_loo),
         squared: 2 * (a - b - (a - b).mean(-1, keepdim=True)),
+        rloo: (a_loo - b_loo) / (k * 0.3),
+        squared_probability: p * (p - q - (p * (p - q)).sum(-1, keepdim=True)),
+        absolute_squared: 2 * (a - b) / k,
     }
     for distance, slope in expected.items():
         torch.testing.assert_close(loss_and_slope(distance, a, b)[1], slope, rtol=1e-9, atol=1e-9)
@@ -120,7 +138,7 @@ def test_constants_per_group_change_nothing(
     torch.testing.assert_close(slopes.sum(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("distance", ALL)
+@pytest.mark.parametrize("distance", [*ALL, absolute_squared])
 @fast
 @given(seed=seeds, k=sizes)
 def test_a_ragged_group_equals_the_group_alone(distance: Distance, seed: int, k: int) -> None:
@@ -131,7 +149,7 @@ def test_a_ragged_group_equals_the_group_alone(distance: Distance, seed: int, k:
     for g in range(4):
         own = valid[g]
         alone, slope = loss_and_slope(distance, a[g, own][None], b[g, own][None])
-        if own.sum() <= 1:
+        if own.sum() <= (0 if distance is absolute_squared else 1):
             assert losses[g] == 0
             assert not slopes[g].any()
         else:
@@ -192,7 +210,7 @@ def test_large_eta_is_the_label_of_the_best() -> None:
     assert backward_kl(row(A), tied, ones).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("distance", [backward_kl, forward_kl, squared, squared_loo])
+@pytest.mark.parametrize("distance", [backward_kl, forward_kl, squared, squared_loo, rloo, squared_probability])
 def test_zero_exactly_at_the_target(distance: Distance) -> None:
     """Identity 8: the loss vanishes where a = b + constant, and nowhere else."""
     losses, slopes = loss_and_slope(distance, row(B) + 5.0, row(B))
@@ -201,7 +219,44 @@ def test_zero_exactly_at_the_target(distance: Distance) -> None:
     assert loss_and_slope(distance, row([5.1, 0.0, 0.0, 0.0]), row([5.0, 0.0, 0.0, 0.0]))[0].item() > 1e-6
 
 
-@pytest.mark.parametrize("distance", ALL)
+def test_regression_is_not_centred() -> None:
+    """A reward model that may be off by any constant: (1 + 4) / 2 for d = (1, 2), and the target itself is 0."""
+    assert loss_and_slope(absolute_squared, row([2.0, 5.0]), row([1.0, 3.0]))[0].item() == 2.5
+    assert loss_and_slope(absolute_squared, row(B), row(B))[0].item() == 0.0
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("distance", "loss", "slope"),
+    [
+        (hinge, 0.83, -1.0),  # 1 - .17
+        (partial(noise_corrected_cross_entropy, label_smoothing=0.1), 0.5905053389, -0.457602 - 0.125),
+        (partial(noise_corrected_cross_entropy, label_smoothing=0.0), 0.6117553389, -0.457602),  # sigmoid(-.17)
+        (squared_probability, 0.457602**2, -2 * 0.457602 * 0.457602 * 0.542398),
+    ],
+)
+def test_pair_distances_by_hand(distance: Distance, loss: float, slope: float, swap: bool) -> None:
+    """A sign, a factor or the order of the pair: margin .17 of the preferred over the other, wherever it stands. Behind
+    it stands junk, and below it a group without a pair, which counts nothing."""
+    a, b, valid = [1.17, 1.0], [0.0, -math.inf], [True, True]
+    if swap:
+        a, b = a[::-1], b[::-1]
+    groups = torch.tensor([[*a, 1e4], [7.0, 8.0, 9.0]]).double()
+    target = torch.tensor([[*b, 0.0], [-math.inf] * 3]).double()
+    mask = torch.tensor([[*valid, False], [False] * 3])
+    losses, slopes = loss_and_slope(distance, groups, target, mask)
+    assert losses.tolist() == pytest.approx([loss, 0.0], abs=1e-6)
+    assert slopes.flatten().tolist() == pytest.approx([*([-slope, slope] if swap else [slope, -slope]), *[0] * 4], 1e-5)
+
+
+def test_hinge_is_flat_beyond_the_margin() -> None:
+    """A hinge that goes on pulling, or becomes negative, where the margin exceeds 1."""
+    loss, slope = loss_and_slope(hinge, row([1.1, 0.0]), row([0.0, -math.inf]))
+    assert loss.item() == 0.0
+    assert not slope.any()
+
+
+@pytest.mark.parametrize("distance", [*ALL, absolute_squared])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_finite_at_huge_margins(distance: Distance, sign: float) -> None:
     """exp overflow, log 0, or inf - inf in the loss or its backward at margins of 1e5."""
@@ -210,7 +265,7 @@ def test_finite_at_huge_margins(distance: Distance, sign: float) -> None:
     assert torch.isfinite(slopes).all()
 
 
-@pytest.mark.parametrize("distance", ALL)
+@pytest.mark.parametrize("distance", [*ALL, absolute_squared])
 def test_gradcheck(distance: Distance) -> None:
     """A backward that does not belong to the forward, on a ragged batch with an empty and a one-response group."""
     a, b = random_pair(11, 4, 3, scale=1.0)

@@ -1,5 +1,6 @@
 """What the processes of the parallel tests do. The same functions run in one process to give the expected values."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from megatron.core.distributed import finalize_model_grads
 
 from rpo_megatron.config import RunConfig
 from rpo_megatron.distributed import Groups, gather_objects, start
-from rpo_megatron.model.build import build, wrap
+from rpo_megatron.model.build import wrap
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.objectives import objective as objectives
-from rpo_megatron.training.checkpoint import load_weights
+from rpo_megatron.objectives.responses import Responses
 from rpo_megatron.training.evaluate import make_loader
-from rpo_megatron.training.forward import run_logps, run_objective, to_device
-from rpo_megatron.training.metrics import Reducer
+from rpo_megatron.training.forward import run_logps, run_objective, run_responses, to_device
+from rpo_megatron.training.metrics import METRICS_FILE, Reducer
 from rpo_megatron.training.optimizer import build_optimizer
+from rpo_megatron.training.policy import build_policy, load_start
 from rpo_megatron.training.reference import build_reference
 from rpo_megatron.training.resolve import resolve
+from rpo_megatron.training.train import build_run, train_loop
 from tests.tiny import run_config
 
 
@@ -46,7 +49,7 @@ class Outcome:
     means: dict[str, float]
     grad_norm: float
     logps: dict[int, list[float]]
-    """Group id -> summed log-probability of each response."""
+    """Group id -> summed log-probability of each response; of a reward model its value."""
     gradients: dict[str, torch.Tensor]
     """By Hugging Face name, whole; empty on all ranks but the first."""
 
@@ -59,20 +62,24 @@ def outcomes(data: str, cases: list[tuple[Layout, list[str]]]) -> list[Outcome]:
 def _outcome(config: RunConfig) -> Outcome:
     groups = start(config.parallel)
     plan = resolve(config)
-    policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
-    load_weights(policy, plan.source, groups)
+    policy = build_policy(plan, groups, shape=plan.shape)
+    load_start(policy, plan, groups)
     model = wrap(policy)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
     _reduce_whole_gradients(policy)
     rows = make_loader(plan, plan.train_store, groups).step(0)
     batches = build_reference(plan, groups)([to_device(row, groups.device) for row in rows])
-    logps = _by_group(rows, run_logps(model, batches), groups)
+    logps = _by_group(rows, run_responses(model, batches, _number), groups)
     model.zero_grad_buffer()
     stats = run_objective(model, batches, objectives.build(config.objective), train=True)
     means = Reducer(groups)(stats).means
     gradients = _gradients(policy, groups)
     _, grad_norm, _ = optimizer.step()
     return Outcome(means=means, grad_norm=float(grad_norm), logps=logps, gradients=gradients)
+
+
+def _number(responses: Responses) -> torch.Tensor:
+    return responses.logp_GK if responses.value_GK is None else responses.value_GK
 
 
 def _reduce_whole_gradients(policy: Any) -> None:
@@ -119,15 +126,28 @@ def score_blocks(cases: list[tuple[RunConfig, int]]) -> list[Scored]:
 def _score_block(config: RunConfig, count: int) -> Scored:
     groups = start(config.parallel)
     plan = resolve(config)
-    policy = build(plan.shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
-    load_weights(policy, plan.source, groups)
+    policy = build_policy(plan, groups, shape=plan.shape)
+    load_start(policy, plan, groups)
     rows = make_loader(plan, plan.with_reference(plan.train_store), groups).sequential(0, count)
     batches = build_reference(plan, groups)([to_device(row, groups.device) for row in rows])
     logps = run_logps(policy, batches)
     largest = [
-        float((logp_GK.float() - batch.ref_logp_GK)[batch.valid_GK].abs().max())
+        float((logp_GK - batch.ref_logp_GK)[batch.valid_GK].abs().max())
         for batch, logp_GK in zip(batches, logps, strict=False)
         if batch.valid_GK.any() and groups.speaks_for_data
     ]
     log_ratio = max(max(part, default=0.0) for part in gather_objects(largest))
     return Scored(logps=_by_group(rows, logps, groups), largest_log_ratio=log_ratio)
+
+
+def train_losses(configs: list[RunConfig]) -> dict[str, list[float]]:
+    """Whole runs, one after the other: method -> loss of every step."""
+    return {config.objective.method: _train_losses(config) for config in configs}
+
+
+def _train_losses(config: RunConfig) -> list[float]:
+    run = build_run(resolve(config), start(config.parallel))
+    train_loop(run)
+    run.metrics.close()
+    lines = (Path(config.run_dir) / METRICS_FILE).read_text().splitlines() if run.groups.leads else []
+    return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]

@@ -23,6 +23,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": tiny.QWEN3,
 }
 REFERENCE = "reference.path={directory}/reference"
+HEADS = {
+    "bradley_terry": ["objective.method=bradley_terry", "objective.beta=null", "objective.eta=null"],
+    "reward_regression": ["objective.method=reward_regression", "objective.beta=null"],
+    "token kl": [
+        "objective.method=expo",
+        "objective.beta=null",
+        "objective.eta=null",
+        "objective.kl_weight=2",
+        REFERENCE,
+    ],
+}
+"""Objectives that read something else than log-probabilities from the last stage."""
 
 
 def assert_same(outcome: Outcome, expected: Outcome, *, case: str, tolerance: float = 1e-5) -> None:
@@ -31,7 +43,9 @@ def assert_same(outcome: Outcome, expected: Outcome, *, case: str, tolerance: fl
     assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=tolerance), f"{case}: gradient norm"
     assert outcome.logps.keys() == expected.logps.keys(), case
     for group, values in expected.logps.items():
-        assert outcome.logps[group] == pytest.approx(values, rel=tolerance), f"{case}: log-probs of group {group}"
+        assert outcome.logps[group] == pytest.approx(values, rel=tolerance, abs=0.1 * tolerance), (
+            f"{case}: group {group}"
+        )
     assert outcome.gradients.keys() == expected.gradients.keys(), case
     errors = {n: float((outcome.gradients[n] - g).norm() / g.norm()) for n, g in expected.gradients.items()}
     worst = max(errors, key=errors.__getitem__)
@@ -81,6 +95,20 @@ def test_families_under_the_hardest_layouts(tmp_path: Path, name: str) -> None:
     reference = REFERENCE.format(directory=directory)
     expected = expected_outcome(directory, reference)
     cases = [(layout, [reference]) for layout in (TP, BOTH_SP, PP)]
+    for (layout, _), outcome in zip(cases, on_four(tmp_path, directory, cases), strict=True):
+        assert_same(outcome, expected, case=f"{name} {layout}")
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("name", HEADS)
+def test_other_heads(tmp_path: Path, name: str) -> None:
+    """Catches a value that depends on where its token lies among the ranks, a value head whose gradient every tensor
+    rank adds up, a reference whose hidden states are paired with other rows, a normaliser of one vocabulary shard."""
+    directory = directory_with(tmp_path, "llama")
+    overrides = [override.format(directory=directory) for override in HEADS[name]]
+    expected = expected_outcome(directory, *overrides)
+    assert min(float(gradient.norm()) for gradient in expected.gradients.values()) > 1e-3
+    cases = [(layout, overrides) for layout in LAYOUTS]
     for (layout, _), outcome in zip(cases, on_four(tmp_path, directory, cases), strict=True):
         assert_same(outcome, expected, case=f"{name} {layout}")
 

@@ -1,7 +1,6 @@
 """What a user gets wrong about a run: one clear message with what to do, exit code 2, before any training."""
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,7 @@ from rpo_megatron import cli
 from rpo_megatron.config_io import dump
 from rpo_megatron.distributed import stop
 from tests import tiny
-
-Rpo = Callable[..., str]
-
-
-@pytest.fixture
-def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Rpo]:
-    """`fails("train", "a.b=c")` runs a verb on a tiny run in tmp_path, wants exit code 2, and gives the message."""
-    (tmp_path / "run.yaml").write_text(dump(tiny.run_config(tmp_path)))
-
-    def run(verb: str, *overrides: str) -> str:
-        code = cli.main([verb, str(tmp_path / "run.yaml"), *overrides])
-        stop()
-        message = capsys.readouterr().err
-        assert code == 2, message
-        assert message.startswith(f"rpo {verb}: error: "), message
-        assert message.count("\n") == 1, "one message"
-        return message
-
-    yield run
-    stop()
+from tests.training.conftest import Rpo
 
 
 @pytest.fixture
@@ -54,6 +34,11 @@ def trained(tmp_path: Path) -> Path:
         ("optimizer.min_lr=1e-4", ["optimizer.min_lr", "not used", "cosine"]),
         ("optimizer.beta2=1.5", ["optimizer.beta2", "[0, 1)"]),
         ("optimizer.lr=.inf", ["optimizer.lr", "inf"]),
+        ("rewards.clip=0", ["rewards.clip", "positive"]),
+        ("rewards.clip=.inf", ["rewards.clip", "inf"]),
+        ("rewards.columns=[reward, reward]", ["rewards.columns", "reward twice"]),
+        ("rewards.columns=[rewrad]", ["rewards.columns", "did you mean 'reward'"]),
+        ("data.source_column=foreign", ["data.source_column", "not used", "rpo_bwd"]),
         ("evaluation.every=1", ["evaluation.every", "data.valid"]),
         ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor > 1"]),
         ("reference.mode=stored", ["ref_logp", "rpo score"]),
@@ -72,6 +57,30 @@ def test_unused_reference_knobs(fails: Rpo) -> None:
     assert "reference.path is not used" in fails("train", *sft, "reference.path=x")
     assert "reference.mode is not used" in fails("train", *sft, "reference.mode=stored")
     assert "nothing to score" in fails("score", *sft)
+
+
+def test_columns_that_a_method_lacks_or_does_not_read(fails: Rpo) -> None:
+    """Catches a transform that nobody applies, sources that are all taken for the policy's own, and a KL over the
+    vocabulary from a store that holds one number per response."""
+    bare = ["objective.beta=null", "objective.eta=null"]
+    message = fails("train", *bare, "objective.method=sft", "objective.responses=all", "rewards.standardise=group")
+    assert "`rewards` is not used" in message
+    assert "sft reads no rewards" in message
+    wrpo = ["objective.method=wrpo", "objective.eta=null"]
+    assert "data.source_column" in fails("train", *wrpo)
+    assert "reward twice" in fails("train", *wrpo, "rewards.columns=[reward]", "data.source_column=reward")
+    message = fails("train", *bare, "objective.method=expo", "reference.mode=stored")
+    assert "reference.mode=resident" in message
+    assert "kl_estimator=sample" in message
+
+
+def test_reference_of_another_vocabulary(tmp_path: Path, fails: Rpo) -> None:
+    """Catches two distributions compared token by token where the tokens are not the same."""
+    tiny.write_model(tmp_path / "other", vocab_size=140)
+    bare = ["objective.method=expo", "objective.beta=null", "objective.eta=null"]
+    message = fails("train", *bare, f"reference.path={tmp_path / 'other'}")
+    assert "vocabulary of 140" in message
+    assert "131" in message
 
 
 def test_layout_that_the_model_cannot_take(tmp_path: Path, fails: Rpo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +142,9 @@ def test_nothing_is_loaded_before_the_reference_fits(
     fails: Rpo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Catches minutes of loading 70B weights before the message that `rpo score` was forgotten."""
-    monkeypatch.setattr("rpo_megatron.training.train.build", lambda *args, **options: pytest.fail("built a model"))
+    monkeypatch.setattr(
+        "rpo_megatron.training.train.build_policy", lambda *args, **options: pytest.fail("built a model")
+    )
     assert "rpo score" in fails("train", "reference.mode=stored")
     tiny.write_model(tmp_path / "other", vocab_size=64)
     assert "vocabulary of 131" in fails("train", f"reference.path={tmp_path / 'other'}")
