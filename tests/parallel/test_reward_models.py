@@ -25,13 +25,14 @@ def column(prefix: Path, name: str) -> list[np.ndarray]:
     return [reward for i in range(len(store)) if (reward := viewed.group(i).reward) is not None]
 
 
-def transformers_values(model_directory: Path, prefix: Path) -> list[np.ndarray]:
-    """Each response on its own after its prompt, as users of the exported model score it."""
+def transformers_values(model_directory: Path, prefix: Path, *, limit: int | None = None) -> list[np.ndarray]:
+    """Each response (of the first `limit` groups) on its own after its prompt, as users of the exported model score
+    it."""
     model = AutoModelForSequenceClassification.from_pretrained(model_directory, dtype=torch.float32).eval()
     store = Store.open(str(prefix))
     values = []
     with torch.no_grad():
-        for i in range(len(store)):
+        for i in range(limit or len(store)):
             group = store.group(i)
             rows = [torch.tensor([[*group.prompt, *response]]) for response in group.responses]
             values.append(np.array([model(row).logits.item() for row in rows]))
