@@ -44,6 +44,6 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9,<3"],
         # Exactly this version: tests/parity calls methods that are not part of TRL's interface.
         "parity": ["trl==1.16.0"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.13", "pytest>=8.0", "ruff>=0.9"],
+        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8.0", "ruff>=0.9"],
     },
 )
