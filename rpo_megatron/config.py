@@ -37,6 +37,9 @@ class DataConfig:
     """Tokens in a packed row. A group that is longer gets a longer row of its own."""
     packing: bool = True
     """False puts every group in a row of its own (slower; the results are the same)."""
+    share_prompt: bool = True
+    """Compute a prompt once for all its responses. False computes it once for each (slower; the results are the
+    same)."""
     source_column: str | None = None
     """Column of the store that is not 0 for responses of other models than the one that training starts from."""
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from rpo_megatron.data import sampler
 from rpo_megatron.data.microbatch import MicroBatch
-from rpo_megatron.data.packing import build_row, empty_row, pack
+from rpo_megatron.data.packing import pack, size_of
+from rpo_megatron.data.rows import build_row, empty_row
 from rpo_megatron.data.store import Store
 from rpo_megatron.errors import UserError
 
@@ -28,6 +29,7 @@ class Loader:
         groups_per_step: int,
         tokens_per_microbatch: int,
         packing: bool,
+        share_prompt: bool,
         dp_rank: int,
         dp_size: int,
         multiple: int,
@@ -47,6 +49,7 @@ class Loader:
         self._groups_per_step = groups_per_step
         self._tokens_per_microbatch = tokens_per_microbatch
         self._packing = packing
+        self._share_prompt = share_prompt
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._multiple = multiple
@@ -83,9 +86,13 @@ class Loader:
         return self._rows(ids, sampler.draw(seed=self._seed, epoch=epoch, ids=ids))
 
     def _rows(self, ids: np.ndarray, draws: np.ndarray) -> list[MicroBatch]:
-        segments = [self._store.prompt_length_D[i] + self._store.response_lengths(i) for i in ids]
+        store = self._store
+        sizes = [
+            size_of(int(store.prompt_length_D[i]), store.response_lengths(i), share_prompt=self._share_prompt)
+            for i in ids
+        ]
         ranks = pack(
-            segments,
+            sizes,
             budget=self._tokens_per_microbatch,
             dp_size=self._dp_size,
             multiple=self._multiple,
@@ -103,4 +110,4 @@ class Loader:
                 has_source=self._store.has_source,
             )
         groups = [self._store.group(int(i)) for i in ids]
-        return build_row(groups, ids=ids, draws=draws, multiple=self._multiple)
+        return build_row(groups, ids=ids, draws=draws, multiple=self._multiple, share_prompt=self._share_prompt)

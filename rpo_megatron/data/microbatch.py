@@ -1,4 +1,4 @@
-"""MicroBatch: one row of packed tokens that holds whole groups. Made by packing.py; read by the model and the step.
+"""MicroBatch: one row of packed tokens that holds whole groups. Made by rows.py; read by the model and the step.
 
 Shapes (the legend of the whole project): T tokens of the row, N scored tokens, G groups, K responses of the widest
 group, S segments, M chosen reward columns.
@@ -20,10 +20,14 @@ class MicroBatch:
     tokens_T: np.ndarray
     """int64. Token ids; padding at the end is token 0 in a segment of its own."""
     positions_T: np.ndarray
-    """int64. Rotary position of each token; restarts with every segment."""
+    """int64. Rotary position of each token; restarts with every segment, and goes on from its prompt in a response
+    that shares one."""
     segments_S: np.ndarray
     """int64. Lengths of the row's segments, in order, padding included: they sum to T. Attention is causal within a
-    segment and does not cross its border."""
+    segment and does not cross its border, except to a shared prompt."""
+    prompt_S: np.ndarray
+    """int64. Index of the segment, earlier in the row, that all of this segment also attends to: the prompt that it
+    shares. -1 for none."""
     scored_position_N: np.ndarray
     """int64. Row positions whose hidden state predicts a response token."""
     scored_label_N: np.ndarray
@@ -34,6 +38,8 @@ class MicroBatch:
     last_position_GK: np.ndarray
     """int64. Row position of each response's last token, where a reward model reads its value; 0 where there is no
     response."""
+    before_last_position_GK: np.ndarray
+    """int64. Row position of the token before that, which predicts it."""
     reward_GK: np.ndarray | None
     """float32, the mean over the chosen reward columns, or None when the store has no rewards. 0 where there is no
     response."""
@@ -59,6 +65,11 @@ class MicroBatch:
 
     @property
     def num_real_tokens(self) -> int:
-        """Tokens that belong to a group, padding not counted."""
-        padding = int(self.segments_S[-1]) if self.has_padding else 0
-        return int(self.tokens_T.size) - padding
+        """Tokens of every prompt with each of its responses, however they are laid out: a shared prompt counts once for
+        every response. Padding is not counted."""
+        has_prompt_S = self.prompt_S >= 0
+        counts_S = np.ones(len(self.segments_S), dtype=np.bool_)
+        counts_S[self.prompt_S[has_prompt_S]] = False
+        counts_S[len(counts_S) - int(self.has_padding) :] = False
+        context_S = np.where(has_prompt_S, self.segments_S[self.prompt_S], 0)
+        return int((self.segments_S + context_S)[counts_S].sum())

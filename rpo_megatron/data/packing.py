@@ -1,39 +1,57 @@
-"""Groups to rows: from lengths alone, so that every rank computes the same packing and keeps its share.
+"""Which groups go into which row: from lengths alone, so that every rank computes the same packing and keeps its share.
 
 1. Groups go, costliest first, to the data-parallel rank that has the least work so far.
 2. On each rank they go, longest first, into the first row of at most `budget` tokens that has room (first-fit
    decreasing). A group is never split; one that is longer than the budget gets a row of its own.
 3. Ranks with fewer rows than others split their costliest rows in two; what is then still missing are empty rows.
-4. A rank lays out its rows as MicroBatches: one segment prompt + response per response, then the padding.
 
-The cost of a segment of s tokens is s + s^2 / CROSSOVER: matrix multiplications and causal attention.
+rows.py lays the rows out. The cost of a segment of s tokens is s + s^2 / CROSSOVER: matrix multiplications and causal
+attention; of one that also attends to c tokens of a shared prompt it is s + ((c + s)^2 - c^2) / CROSSOVER.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-
-from rpo_megatron.data.microbatch import MicroBatch
-from rpo_megatron.data.store import Group
 
 CROSSOVER = 24_576
 """Segment length at which causal attention costs as much as the matrix multiplications: 12 x the hidden size, here that
 of a 1-2 billion parameter model. It moves the balance between ranks only, never a result."""
 
 
-def pack(
-    segments: Sequence[np.ndarray], *, budget: int, dp_size: int, multiple: int, packing: bool = True
-) -> list[list[list[int]]]:
-    """Rows of every data-parallel rank: `result[rank][row]` lists indices into `segments`, [] for an empty row.
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a group takes up."""
 
-    segments: for each group the lengths in tokens of its segments. Rows hold at most `budget` tokens after padding to
+    tokens: int
+    """In a row."""
+    cost: float
+    """Of computing it, in tokens of a short segment."""
+
+
+def size_of(prompt_length: int, response_lengths: np.ndarray, *, share_prompt: bool) -> Size:
+    """Of a group whose responses share one copy of the prompt, or have one each."""
+    if share_prompt:
+        length_S = np.array([prompt_length, *response_lengths], dtype=np.float64)
+        context_S = np.array([0, *np.full(len(response_lengths), prompt_length)], dtype=np.float64)
+    else:
+        length_S, context_S = (prompt_length + response_lengths).astype(np.float64), np.zeros(len(response_lengths))
+    pairs = np.square(context_S + length_S) - np.square(context_S)
+    return Size(tokens=int(length_S.sum()), cost=float(length_S.sum() + pairs.sum() / CROSSOVER))
+
+
+def pack(
+    sizes: Sequence[Size], *, budget: int, dp_size: int, multiple: int, packing: bool = True
+) -> list[list[list[int]]]:
+    """Rows of every data-parallel rank: `result[rank][row]` lists indices into `sizes`, [] for an empty row.
+
+    Rows hold at most `budget` tokens after padding to
     `multiple`, unless a single group is longer. `packing=False` puts one group in a row. The result depends on the
     arguments alone.
     """
-    tokens = [int(lengths.sum()) for lengths in segments]
-    costs = [float(lengths.sum() + np.square(lengths, dtype=np.float64).sum() / CROSSOVER) for lengths in segments]
+    tokens, costs = [size.tokens for size in sizes], [size.cost for size in sizes]
     capacity = budget - budget % multiple if packing else 0
-    shares = _balance(range(len(segments)), costs, dp_size)
+    shares = _balance(range(len(sizes)), costs, dp_size)
     ranks = [_first_fit_decreasing(share, tokens, capacity) for share in shares]
     num_rows = max(map(len, ranks))
     return [_split_into(rows, costs, num_rows) for rows in ranks]
@@ -71,84 +89,3 @@ def _split_into(rows: list[list[int]], costs: list[float], num_rows: int) -> lis
         rows.remove(costliest)
         rows += _balance(costliest, costs, 2)
     return rows + [[] for _ in range(num_rows - len(rows))]
-
-
-def build_row(groups: Sequence[Group], *, ids: np.ndarray, draws: np.ndarray, multiple: int) -> MicroBatch:
-    """Lay out groups (at least one, with the numbers `ids` [G] and `draws` [G]) in one row without prompt sharing.
-
-    Every response is a segment prompt + response whose positions start at 0. The token before each response token
-    predicts it, so the prompt's last token predicts the first. Padding up to a multiple of `multiple` is a segment of
-    its own at the end.
-    """
-    assert all(group.prompt.size and min(map(len, group.responses)) for group in groups), "empty prompt or response"
-    pieces = [(group.prompt, response) for group in groups for response in group.responses]
-    segments = np.array([prompt.size + response.size for prompt, response in pieces], dtype=np.int64)
-    ends = np.cumsum(segments)
-    scored = [np.arange(end - 1 - response.size, end - 1) for end, (_, response) in zip(ends, pieces, strict=True)]
-    last = iter(ends - 1)
-    padding = -int(ends[-1]) % multiple
-    tokens = [part for piece in pieces for part in piece] + [np.zeros(padding, dtype=np.int64)]
-    segments = np.append(segments, padding) if padding else segments
-    return MicroBatch(
-        tokens_T=np.concatenate(tokens).astype(np.int64, copy=False),
-        positions_T=np.concatenate([np.arange(length) for length in segments]),
-        segments_S=segments,
-        scored_position_N=np.concatenate(scored),
-        scored_label_N=np.concatenate([response for _, response in pieces]).astype(np.int64, copy=False),
-        length_GK=_ragged([[response.size for response in group.responses] for group in groups], np.int64),
-        last_position_GK=_ragged([[next(last) for _ in group.responses] for group in groups], np.int64),
-        reward_GK=_column([group.reward for group in groups], np.float32),
-        rewards_GKM=_columns([group.rewards for group in groups]),
-        source_GK=_column([group.source for group in groups], np.bool_),
-        ref_logp_GK=_column([group.ref_logp for group in groups], np.float32),
-        valid_GK=_ragged([[True] * len(group.responses) for group in groups], np.bool_),
-        draw_G=np.asarray(draws, dtype=np.float64),
-        group_ids_G=np.asarray(ids, dtype=np.int64),
-        has_padding=padding > 0,
-    )
-
-
-def empty_row(
-    *, multiple: int, has_reward: bool, has_reference: bool, num_rewards: int = 0, has_source: bool = False
-) -> MicroBatch:
-    """A row of `multiple` padding tokens and one padding group: what a rank computes when others have a row more.
-    Nothing in it is scored (N = 0); it has the columns that the others' rows have."""
-    nothing_GK = np.zeros((1, 1), dtype=np.float32)
-    return MicroBatch(
-        tokens_T=np.zeros(multiple, dtype=np.int64),
-        positions_T=np.arange(multiple),
-        segments_S=np.array([multiple]),
-        scored_position_N=np.zeros(0, dtype=np.int64),
-        scored_label_N=np.zeros(0, dtype=np.int64),
-        length_GK=np.zeros((1, 1), dtype=np.int64),
-        last_position_GK=np.zeros((1, 1), dtype=np.int64),
-        reward_GK=nothing_GK if has_reward else None,
-        rewards_GKM=np.zeros((1, 1, num_rewards), dtype=np.float32) if num_rewards else None,
-        source_GK=np.zeros((1, 1), dtype=np.bool_) if has_source else None,
-        ref_logp_GK=nothing_GK if has_reference else None,
-        valid_GK=np.zeros((1, 1), dtype=np.bool_),
-        draw_G=np.zeros(1),
-        group_ids_G=np.array([-1]),
-        has_padding=True,
-    )
-
-
-def _column(values: Sequence[np.ndarray | None], dtype: type) -> np.ndarray | None:
-    present = [value for value in values if value is not None]
-    return _ragged(present, dtype) if present else None
-
-
-def _columns(values: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """[K, M] of each group as one [G, K, M] array."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    return np.stack([_ragged(column, np.float32) for column in zip(*(value.T for value in present), strict=True)], -1)
-
-
-def _ragged(rows: Sequence[Sequence | np.ndarray], dtype: type) -> np.ndarray:
-    """Rows of different lengths as one [G, K] array, filled up with 0."""
-    filled_GK: np.ndarray = np.zeros((len(rows), max(map(len, rows))), dtype=dtype)
-    for filled_K, row in zip(filled_GK, rows, strict=True):
-        filled_K[: len(row)] = row
-    return filled_GK

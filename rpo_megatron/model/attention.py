@@ -1,8 +1,9 @@
-"""Core attention for packed rows: causal inside a segment, blind across its borders.
+"""Core attention for packed rows: causal inside a segment, blind across its borders except to a shared prompt.
 
 Plugged into megatron's layer spec where it has its own DotProductAttention, which refuses packed rows and holds the
 full score matrix. Torch's scaled_dot_product_attention (flash kernels on CPU and GPU) runs once per segment, so nothing
-quadratic in the row is ever built.
+quadratic in the row is ever built. A response that shares its prompt has the keys [prompt, response] and a mask of
+response x (prompt + response) numbers, made once per row and used by all layers.
 """
 
 import math
@@ -43,14 +44,26 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        lengths = packed_seq_params.lengths
-        grouped = query.shape[2] != key.shape[2]
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(part.permute(1, 2, 0, 3) for part in parts), is_causal=True, scale=self.scale, enable_gqa=grouped
-            ).permute(2, 0, 1, 3)
-            for parts in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-        ]
+        segments = packed_seq_params
+        queries, keys, values = (
+            [part.permute(1, 2, 0, 3) for part in tensor.split(segments.lengths)] for tensor in (query, key, value)
+        )  # each [1, heads, tokens, dim]
+        outputs = []
+        for i, prompt in enumerate(segments.prompts):
+            keys_i, values_i, mask = keys[i], values[i], None
+            if prompt >= 0:
+                keys_i, values_i = torch.cat([keys[prompt], keys_i], 2), torch.cat([values[prompt], values_i], 2)
+                mask = segments.mask(i, dtype=query.dtype, device=query.device)
+            output = F.scaled_dot_product_attention(
+                queries[i],
+                keys_i,
+                values_i,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            outputs.append(output.permute(2, 0, 1, 3))
         return torch.cat(outputs).flatten(2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def pooled_position(row: Row, pad_token: int | None) -> torch.Tensor:
     if pad_token is None:
         return row.last_position_GK
     ends_in_pad_GK = row.tokens_1T[0, row.last_position_GK] == pad_token
-    return (row.last_position_GK - ends_in_pad_GK.long()).clamp(min=0)
+    return torch.where(ends_in_pad_GK, row.before_last_position_GK, row.last_position_GK)

@@ -19,6 +19,19 @@ class Segments(PackedSeqParams):
     qkv_format: str = "sbhd"
     lengths: list[int] = field(default_factory=list)
     """Segment lengths on the host, so that attention never waits for the device."""
+    prompts: list[int] = field(default_factory=list)
+    """For each segment the index of the earlier one that all of it also attends to, -1 for none."""
+    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """Made by `mask`, for all layers to use."""
+
+    def mask(self, segment: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What to add to the scores of a segment that shares a prompt, [length, prompt + length]: 0 where a token may
+        look (all of the prompt, and the segment up to itself), -inf elsewhere."""
+        length, context = self.lengths[segment], self.lengths[self.prompts[segment]]
+        if (length, context) not in self.masks:
+            hidden = torch.full((length, context + length), float("-inf"), dtype=dtype, device=device)
+            self.masks[length, context] = hidden.triu_(context + 1)
+        return self.masks[length, context]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,5 +44,6 @@ class Row:
     scored_position_N: torch.Tensor
     scored_label_N: torch.Tensor
     last_position_GK: torch.Tensor
+    before_last_position_GK: torch.Tensor
     reference: ReferenceTokens | None = None
     """Given to a model with an output layer, it also answers with the token KL. Read on the last stage only."""

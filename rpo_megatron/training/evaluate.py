@@ -72,6 +72,7 @@ def make_loader(plan: Plan, store: Store, groups: Groups) -> Loader:
         groups_per_step=config.train.groups_per_step,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         packing=config.data.packing,
+        share_prompt=config.data.share_prompt,
         dp_rank=groups.dp.rank,
         dp_size=groups.dp.size,
         multiple=plan.row_multiple,

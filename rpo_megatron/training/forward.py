@@ -71,10 +71,11 @@ def to_device(microbatch: MicroBatch, device: torch.device) -> Batch:
         row=Row(
             tokens_1T=tensor(microbatch.tokens_T)[None],
             positions_T=tensor(microbatch.positions_T),
-            segments=Segments(lengths=microbatch.segments_S.tolist()),
+            segments=Segments(lengths=microbatch.segments_S.tolist(), prompts=microbatch.prompt_S.tolist()),
             scored_position_N=tensor(microbatch.scored_position_N),
             scored_label_N=tensor(microbatch.scored_label_N),
             last_position_GK=tensor(microbatch.last_position_GK),
+            before_last_position_GK=tensor(microbatch.before_last_position_GK),
         ),
         length_GK=tensor(microbatch.length_GK),
         valid_GK=tensor(microbatch.valid_GK),

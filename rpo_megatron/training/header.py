@@ -63,4 +63,9 @@ def _batches(plan: Plan) -> str:
     note = f"; the longest groups (up to {longest} distinct tokens) get longer rows" * (
         longest > data.tokens_per_microbatch
     )
-    return f"whole groups packed into {rows}{note}"
+    repeated = int((store.prompt_length_D * (store.num_responses_D - 1)).sum())
+    share = store.manifest.tokens / (store.manifest.tokens + repeated)
+    prompts = f"a prompt computed once for its responses, which leaves {share:.0%} of the tokens"
+    if not data.share_prompt:
+        prompts = "a prompt computed for each response"
+    return f"whole groups packed into {rows}{note}; {prompts}"

@@ -41,6 +41,7 @@ def loader(store: Store, **changes: Any) -> Loader:
         "groups_per_step": 6,
         "tokens_per_microbatch": 120,
         "packing": True,
+        "share_prompt": False,
         "dp_rank": 0,
         "dp_size": 1,
         "multiple": 4,

@@ -56,10 +56,11 @@ def pack(groups: list[tuple[Conversation, Conversation] | None], *, multiple: in
     row = Row(
         tokens_1T=torch.tensor([tokens + [0] * padding]),
         positions_T=torch.tensor(positions + list(range(padding))),
-        segments=Segments(lengths=[*lengths, padding]),
+        segments=Segments(lengths=[*lengths, padding], prompts=[-1] * (len(lengths) + 1)),
         scored_position_N=torch.tensor([position for position, _ in scored], dtype=torch.long),
         scored_label_N=torch.tensor([label for _, label in scored], dtype=torch.long),
         last_position_GK=torch.tensor(last_GK),
+        before_last_position_GK=(torch.tensor(last_GK) - 1).clamp(min=0),
     )
     return Packed(groups, row)
 

@@ -26,10 +26,11 @@ def batch() -> Batch:
         row=Row(
             tokens_1T=nothing[None],
             positions_T=nothing,
-            segments=Segments(lengths=[]),
+            segments=Segments(lengths=[], prompts=[]),
             scored_position_N=nothing,
             scored_label_N=nothing,
             last_position_GK=torch.zeros(2, 2, dtype=torch.long),
+            before_last_position_GK=torch.zeros(2, 2, dtype=torch.long),
         ),
         length_GK=torch.tensor([[2, 1], [3, 0]]),
         valid_GK=torch.tensor([[True, True], [True, False]]),
