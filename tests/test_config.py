@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.config import ExportConfig, RunConfig
+from rpo_megatron.config import ExportConfig, PrepareConfig, RunConfig
 from rpo_megatron.config_io import dump, load, write
 from rpo_megatron.errors import UserError
 
@@ -146,3 +146,22 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, source: str, targe
     file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     write(config, file)
     assert load(ExportConfig, file, []) == config
+
+
+def test_mappings_and_lists_on_the_command_line(tmp_path: Path) -> None:
+    """A named column or a list of columns that can be given in a file only, or does not survive a dump."""
+    words = [
+        "input=a",
+        "output_prefix=b",
+        "tokenizer=c",
+        "columns.extra.helpful=notes.helpful",
+        "columns.extra.year=2024",
+    ]
+    prepare = load(PrepareConfig, None, words)
+    assert prepare.columns.extra == {"helpful": "notes.helpful", "year": "2024"}
+    config = load(RunConfig, minimal(tmp_path), ["rewards.columns=[helpful, reward]", "rewards.clip=2"])
+    assert config.rewards.columns == ("helpful", "reward")
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(RunConfig, tmp_path / "again.yaml", []) == config
+    with pytest.raises(UserError, match=r"'rewards.columns'"):
+        load(RunConfig, minimal(tmp_path), ["rewards.columns=helpful"])

@@ -278,3 +278,63 @@ def test_real_data(run: Callable[..., Store], shared: Path) -> None:
     assert manifest.reward is not None
     assert manifest.reward.mean == pytest.approx(rewards.mean(dtype=np.float64))
     assert 0 <= rewards.min() <= rewards.max() <= 1
+
+
+def extra(**columns: str) -> ColumnsConfig:
+    return ColumnsConfig(extra=columns)
+
+
+def test_extra_columns_of_objects(run: Callable[..., Store]) -> None:
+    """Numbers that stay with the wrong response when another is dropped; dots that do not reach into objects; true and
+    false refused, or stored as something else than 1 and 0."""
+    row = {
+        "prompt": "name a colour",
+        "responses": [
+            {"text": "blue", "reward": 1.0, "notes": {"helpful": 3}, "foreign": False},
+            {"text": "blue", "reward": 1.0, "notes": {"helpful": 9}, "foreign": False},  # a duplicate: dropped
+            {"text": "red", "reward": 0.5, "notes": {"helpful": -2.5}, "foreign": True},
+        ],
+    }
+    store = run([row], columns=extra(helpful="notes.helpful", foreign="foreign"))
+    numbers = store.numbers(0)
+    assert {name: values.tolist() for name, values in numbers.items()} == {
+        "reward": [1.0, 0.5],
+        "helpful": [3.0, -2.5],
+        "foreign": [0.0, 1.0],
+    }
+
+
+def test_extra_columns_of_lists_and_pairs(run: Callable[..., Store]) -> None:
+    """A parallel list or the two columns of a pair read in the wrong order."""
+    lists = {"prompt": "name a colour", "responses": ["blue", "red"], "rewards": [1, 0], "brief": [7, 8]}
+    assert run([lists], columns=extra(brief="brief")).numbers(0)["brief"].tolist() == [7, 8]
+    pair = {"prompt": "name a colour", "chosen": "blue", "rejected": "red", "chosen_brief": 7, "rejected_brief": 8}
+    assert run([pair], columns=extra(brief="brief")).numbers(0)["brief"].tolist() == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"rows.jsonl:2: column 'responses\[1\].helpful': expected a finite number, true or false; found null"),
+        ("3", r"found str '3'"),
+        (1e39, r"found float 1e\+39"),
+        (..., r"rows.jsonl:2: column 'helpful': missing \(columns.extra.helpful names it\)"),
+    ],
+)
+def test_bad_extra_values_are_named(run: Callable[..., Store], value: object, message: str) -> None:
+    """A missing or broken number that becomes 0 in silence."""
+    good = [{"text": text, "reward": 1.0, "helpful": 1} for text in ("blue", "red")]
+    bad = [dict(item) for item in good]
+    bad[1] |= {} if value is ... else {"helpful": value}
+    if value is ...:
+        del bad[1]["helpful"]
+    rows = [{"prompt": "name a colour", "responses": good}, {"prompt": "another", "responses": bad}]
+    with pytest.raises(UserError, match=message):
+        run(rows, columns=extra(helpful="helpful"))
+
+
+@pytest.mark.parametrize("name", ["reward", "a.b", "two words"])
+def test_bad_extra_names_are_refused(run: Callable[..., Store], name: str) -> None:
+    """A column that would hide the reward, or become another file."""
+    with pytest.raises(UserError, match=r"columns.extra\."):
+        run([GOOD], columns=extra(**{name: "reward"}))
