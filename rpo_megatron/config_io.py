@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -42,7 +42,7 @@ def load(cls: type[C], file: str | Path | None, overrides: list[str]) -> C:
     try:
         return msgspec.convert(tree, type=cls)
     except msgspec.ValidationError as error:
-        raise UserError(_explain(str(error))) from None
+        raise UserError(_explain(str(error), cls)) from None
 
 
 def dump(config: Any) -> str:
@@ -116,7 +116,13 @@ def _check_keys(cls: type, tree: Any, path: str) -> None:
             raise UserError(f"'{path}{spec.name}' must be given (in the yaml file, or as {path}{spec.name}=VALUE)")
 
 
-def _explain(message: str) -> str:
-    """msgspec says "Expected `int`, got `str` - at `$.train.steps`"; put the key first."""
+def _explain(message: str, cls: type) -> str:
+    """msgspec says "Expected `int`, got `str` - at `$.train.steps`"; put the key first, and add the words it knows."""
     text, _, where = message.partition(" - at `$.")
-    return f"'{where.rstrip('`')}': {text[0].lower()}{text[1:]}" if where else message
+    if not where:
+        return message
+    key = where.rstrip("`")
+    hint = _field_type(cls, key)
+    words = [word for part in (hint, *get_args(hint)) if get_origin(part) is Literal for word in get_args(part)]
+    choices = f" (one of {', '.join(map(str, words))})" if words else ""
+    return f"'{key}': {text[0].lower()}{text[1:]}{choices}"

@@ -165,3 +165,11 @@ def test_mappings_and_lists_on_the_command_line(tmp_path: Path) -> None:
     assert load(RunConfig, tmp_path / "again.yaml", []) == config
     with pytest.raises(UserError, match=r"'rewards.columns'"):
         load(RunConfig, minimal(tmp_path), ["rewards.columns=helpful"])
+
+
+def test_wrong_word_lists_the_right_ones(tmp_path: Path) -> None:
+    """An error that says a word is wrong and leaves the user to look for those that are not."""
+    with pytest.raises(UserError, match=r"'score.what': .*'vlaue' \(one of reference, value, implicit"):
+        load(RunConfig, minimal(tmp_path), ["score.what=vlaue"])
+    with pytest.raises(UserError, match=r"'objective.pair': .*\(one of best_random, best_worst, all_pairs\)"):
+        load(RunConfig, minimal(tmp_path), ["objective.pair=worst"])

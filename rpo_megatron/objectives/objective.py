@@ -57,7 +57,8 @@ class Objective:
     """Share of the run's steps that are done, for knobs with a schedule."""
 
     def __call__(self, responses: Responses) -> tuple[torch.Tensor, Stats]:
-        """Loss of each group [G], fp64, 0 for padding groups, and the statistics of the micro-batch (sum, count).
+        """Loss of each group [G], fp64, 0 for padding groups, and the statistics of the micro-batch (sum, count): those
+        of `statistics`, and `used`, the share of groups in which the method found something to compare.
 
         The log-probabilities are sums near -1e3 of which differences are taken, so everything runs in fp64; on [G, K]
         numbers that is free.
@@ -65,13 +66,16 @@ class Objective:
         batch = self._prepare(responses)
         num_groups = len(batch.valid_GK)
         losses = [anchor(batch) for anchor in self.anchors]
+        stats: Stats = {}
         if self.terms:
             selection = self.select(batch)
             rows = [term(selection.batch, selection.mask_RK) for term in self.terms]
             losses += [selection.per_group(losses_R, num_groups=num_groups) for losses_R in rows]
+            used_G = selection.mask_RK.any(dim=1).view(num_groups, -1).any(dim=1)
+            stats["used"] = statistics.mean(used_G, batch.valid_GK.any(dim=1))
         with torch.no_grad():
             logged = statistics.without_rounding(batch)
-            stats = statistics.collect(logged, implicit_GK=self._implicit(logged))
+            stats |= statistics.collect(logged, implicit_GK=self._implicit(logged))
         return torch.stack(losses).sum(dim=0), stats
 
     def implicit(self, responses: Responses) -> torch.Tensor:

@@ -20,6 +20,7 @@ from rpo_megatron.training.forward import merge_stats
 METRICS_FILE = "metrics.jsonl"
 COLUMNS = (  # name, label, format
     ("loss", "loss", ".4f"),
+    ("used", "used", ".2f"),
     ("accuracy", "acc", ".3f"),
     ("margin", "margin", "+z.4f"),
     ("reward_best", "reward best", "+z.4f"),

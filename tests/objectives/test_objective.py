@@ -181,3 +181,20 @@ def test_progress_makes_another_objective() -> None:
     """A schedule that is a state of the objective: two points of one run at once."""
     start = objective("wrpo").at(0.0)
     assert (start.progress, start.at(0.5).progress, start.progress, objective("wrpo").progress) == (0.0, 0.5, 0.0, 1.0)
+
+
+def test_used_counts_groups_with_something_to_compare(make: Make) -> None:
+    """A run whose data give the method nothing to act on, with loss 0 and no sign of it: of three groups one is tied,
+    one is padding."""
+    batch = make(
+        [[-1.0, -2.0], [-1.0, -2.0], [0.0, 0.0]],
+        ref=[[-1.0, -1.0]] * 3,
+        reward=[[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]],
+        valid=[[True, True], [True, True], [False, False]],
+    )
+    for pair in ("best_random", "all_pairs"):
+        _, stats = objective("dpo", pair=pair)(batch)
+        assert [float(number) for number in stats["used"]] == [1.0, 2.0]
+    _, stats = objective("rpo_bwd")(batch)
+    assert [float(number) for number in stats["used"]] == [2.0, 2.0]
+    assert "used" not in objective("sft")(batch)[1]
