@@ -87,9 +87,7 @@ class ScoringModel(GPTModel):
         if row.reference is not None:
             token_kl_N = token_kl(hidden_NH, weight_VH, row.reference, vocab_size=vocab_size, tp=self.tp)
         return Scores(
-            logp_N=token_logprobs(
-                hidden_NH, weight_VH, row.scored_label_N, vocab_size=vocab_size, tp_rank=self.tp.rank
-            ),
+            logp_N=token_logprobs(hidden_NH, weight_VH, row.scored_label_N, vocab_size=vocab_size, tp=self.tp),
             token_kl_N=token_kl_N,
             hidden_NH=hidden_NH.detach() if keep_hidden else None,
         )

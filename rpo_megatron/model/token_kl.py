@@ -13,18 +13,14 @@
    reference gets none.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rpo_megatron.distributed import Axis
-from rpo_megatron.model.logprobs import vocab_logits
 from rpo_megatron.model.scores import ReferenceTokens
-
-CHUNK_BYTES = 512 * 2**20
-"""Memory for one chunk's fp32 logits of both models; temporaries take as much again."""
+from rpo_megatron.model.vocab import add_weight_gradient, row_chunks, vocab_logits
 
 
 def token_kl(
@@ -56,7 +52,7 @@ class _TokenKL(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.options = {"vocab_size": vocab_size, "tp_rank": tp.rank}
         local_5N = torch.empty(5, hidden_NH.shape[0], dtype=torch.float32, device=hidden_NH.device)
-        for rows in _chunks(hidden_NH.shape[0], weight_VH.shape[0]):
+        for rows in row_chunks(hidden_NH.shape[0], weight_VH, num_models=2):
             local_5N[:, rows] = _statistics(
                 vocab_logits(ref_hidden_NJ[rows], ref_weight_VJ, **ctx.options),
                 vocab_logits(hidden_NH[rows], weight_VH, **ctx.options),
@@ -71,20 +67,15 @@ class _TokenKL(torch.autograd.Function):
         (grad_N,) = grads
         grad_hidden_NH = torch.empty_like(hidden_NH)
         grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
-        for rows in _chunks(hidden_NH.shape[0], weight_VH.shape[0]):
+        for rows in row_chunks(hidden_NH.shape[0], weight_VH, num_models=2):
             ref_CV = vocab_logits(ref_hidden_NJ[rows], ref_weight_VJ, **ctx.options)
             policy_CV = vocab_logits(hidden_NH[rows], weight_VH, **ctx.options)
             ref_CV = ref_CV.sub_(log_sum_2N[0, rows, None]).exp_()
             policy_CV = policy_CV.sub_(log_sum_2N[1, rows, None]).exp_()
             grad_CV = policy_CV.sub_(ref_CV).mul_(grad_N[rows, None]).to(weight_VH.dtype)
             grad_hidden_NH[rows] = grad_CV @ weight_VH
-            grad_weight_VH += grad_CV.T @ hidden_NH[rows]
+            add_weight_gradient(grad_weight_VH, grad_CV, hidden_NH[rows])
         return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None
-
-
-def _chunks(num_rows: int, vocab_rows: int) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (2 * 4 * vocab_rows))
-    return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 def _statistics(ref_CV: torch.Tensor, policy_CV: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,21 @@
 """Log-probs from hidden states against log_softmax, and the sums per response."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
-from rpo_megatron.model.logprobs import response_logps, scored_hidden, token_logprobs, vocab_logits
+from rpo_megatron.model import vocab
+from rpo_megatron.model.logprobs import plain_logprobs, response_logps, scored_hidden, token_logprobs
+from rpo_megatron.model.vocab import vocab_logits
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +27,9 @@ def one_process() -> Iterator[None]:
 
 def logprobs(hidden_T1H: torch.Tensor, weight_VH: torch.Tensor, at: list[int], label: list[int]) -> torch.Tensor:
     position_N, label_N = torch.tensor(at, dtype=torch.long), torch.tensor(label, dtype=torch.long)
-    hidden_NH = scored_hidden(hidden_T1H, position_N, tp=start(ParallelConfig()).tp, sequence_parallel=False)
-    return token_logprobs(hidden_NH, weight_VH, label_N, vocab_size=13, tp_rank=0)
+    tp = start(ParallelConfig()).tp
+    hidden_NH = scored_hidden(hidden_T1H, position_N, tp=tp, sequence_parallel=False)
+    return token_logprobs(hidden_NH, weight_VH, label_N, vocab_size=13, tp=tp)
 
 
 def test_equals_log_softmax_without_the_padding() -> None:
@@ -37,6 +46,111 @@ def test_equals_log_softmax_without_the_padding() -> None:
     torch.testing.assert_close(got, want)
     assert not got[1][13:].any()
     assert not got[0][[0, 2, 3, 5]].any()
+
+
+def inputs(num_rows: int, *, scale: float, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """hidden [N, 8], weight [16, 8] with 13 words, labels [N], and a weight for each row's log-probability."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_NH = (torch.randn(num_rows, 8, generator=generator) * scale).to(dtype).requires_grad_()
+    weight_VH = torch.randn(16, 8, generator=generator).to(dtype).requires_grad_()
+    label_N = torch.randint(0, 13, (num_rows,), generator=generator)
+    return hidden_NH, weight_VH, label_N, torch.rand(num_rows, generator=generator) - 0.5
+
+
+def gradients(logp_N: torch.Tensor, weight_N: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((logp_N * weight_N).sum(), of)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_rows=st.integers(0, 9),
+    rows_per_chunk=st.integers(1, 10),
+    scale=st.sampled_from([1.0, 30.0, 3e3]),
+    seed=st.integers(0, 99),
+)
+def test_chunks_do_not_matter(num_rows: int, rows_per_chunk: int, scale: float, seed: int) -> None:
+    """Catches a chunk that is left out or counted twice, a maximum that is not subtracted (logits of 1e4 overflow), a
+    gradient that misses the label, or reaches the padding: against fp64, for chunk sizes that do not divide."""
+    hidden_NH, weight_VH, label_N, weight_N = inputs(num_rows, scale=scale, dtype=torch.float32, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocab, "CHUNK_BYTES", rows_per_chunk * 4 * 16)
+        tp = start(ParallelConfig()).tp
+        logp_N = token_logprobs(hidden_NH, weight_VH, label_N, vocab_size=13, tp=tp)
+        got = gradients(logp_N, weight_N, hidden_NH, weight_VH)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_NH, weight_VH)]
+    expected_N = (wide[0] @ wide[1][:13].T).log_softmax(-1)[torch.arange(num_rows), label_N]
+    want = gradients(expected_N, weight_N, *wide)
+    torch.testing.assert_close(logp_N.double(), expected_N, rtol=1e-5, atol=1e-5 * scale)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_good_as_the_plain_path(dtype: torch.dtype) -> None:
+    """Catches rounding that materialised logits do not have: errors against fp64 of values and of both gradients, at
+    the precision of the inputs."""
+    hidden_NH, weight_VH, label_N, weight_N = inputs(200, scale=2.0, dtype=dtype)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_NH, weight_VH)]
+    exact_N = (wide[0] @ wide[1][:13].T).log_softmax(-1)[torch.arange(200), label_N]
+    exact = [exact_N, *gradients(exact_N, weight_N, *wide)]
+    errors = []
+    for function in (token_logprobs, plain_logprobs):
+        logp_N = function(hidden_NH, weight_VH, label_N, vocab_size=13, tp=start(ParallelConfig()).tp)
+        found = [logp_N, *gradients(logp_N, weight_N, hidden_NH, weight_VH)]
+        errors.append([float((a.double() - b).norm()) for a, b in zip(found, exact, strict=True)])
+    for chunked, plain in zip(*errors, strict=True):
+        assert chunked <= 1.1 * plain + 1e-6
+
+
+MEMORY = """
+import sys
+import torch
+from rpo_megatron import cpu
+cpu.enable()
+from rpo_megatron.config import ParallelConfig
+from rpo_megatron.distributed import start, stop
+from rpo_megatron.model import logprobs
+torch.set_num_threads(1)
+tp = start(ParallelConfig()).tp
+num_rows, words = 4096, 131072
+def run(rows):
+    hidden_NH, label_N = torch.randn(rows, 16, requires_grad=True), torch.randint(0, words, (rows,))
+    function = getattr(logprobs, sys.argv[1])
+    function(hidden_NH, weight_VH, label_N, vocab_size=words, tp=tp).sum().backward()
+def resident(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+weight_VH = torch.randn(words, 16, requires_grad=True)
+run(8)  # libraries, threads, and the weight's gradient
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
+run(num_rows)
+print(resident("VmHWM") - before)
+stop()
+"""
+
+
+def extra_memory(function: str) -> float:
+    """MiB that log-probs of 4,096 rows over a vocabulary of 131,072, and their backward, take at their peak: in a
+    process of its own, whose peak is nothing else's. The logits would be 2,048 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, function], capture_output=True, text=True, check=True, env=CALM
+    )
+    return float(done.stdout.split()[-1])
+
+
+CALM = {**os.environ, "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Memory that is freed goes back to the system, so that the peak is of what was in use at once."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_does_not_grow_with_the_logits() -> None:
+    """Catches logits that are kept: the plain path shows that the measurement would see them."""
+    chunked, plain = extra_memory("token_logprobs"), extra_memory("plain_logprobs")
+    weight_gradient = 131072 * 16 * 4 / 2**20
+    print(f"extra memory: {chunked:.0f} MiB in chunks, {plain:.0f} MiB with all logits")
+    assert plain > 1900
+    assert chunked < weight_gradient + 64 + 16, "MiB: two tensors of a chunk's size, and some slack"
 
 
 @pytest.mark.parametrize(("tp_rank", "real"), [(0, 16), (1, 5), (2, 0)])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
-from rpo_megatron.model import token_kl as module
+from rpo_megatron.model import vocab
 from rpo_megatron.model.scores import ReferenceTokens
 from rpo_megatron.model.token_kl import token_kl
 from tests import tiny
@@ -68,7 +68,7 @@ def test_equals_the_definition(num_rows: int, rows_per_chunk: int, ref_hidden: i
     a gradient of the wrong sign or without the incoming one; the reference's hidden size is its own."""
     policy, reference = pair(num_rows, 4, seed=seed, scale=scale), pair(num_rows, ref_hidden, seed=seed + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_BYTES", rows_per_chunk * 2 * 4 * 16)
+        patch.setattr(vocab, "CHUNK_BYTES", rows_per_chunk * 2 * 4 * 16)
         kl_N = kl(policy, reference)
         got = gradients(kl_N, policy)
     expected_N = oracle(policy, reference)
@@ -81,9 +81,13 @@ def test_equals_the_definition(num_rows: int, rows_per_chunk: int, ref_hidden: i
 
 def test_memory_bounds_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches chunks that ignore the budget, and a vocabulary so large that not one row fits."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 8 * 100 * 3)
-    assert [(c.start, c.stop) for c in module._chunks(7, 100)] == [(0, 3), (3, 6), (6, 9)]
-    assert len(list(module._chunks(7, 10_000))) == 7
+    monkeypatch.setattr(vocab, "CHUNK_BYTES", 8 * 100 * 3)
+    assert [(c.start, c.stop) for c in vocab.row_chunks(7, torch.empty(100, 1), num_models=2)] == [
+        (0, 3),
+        (3, 6),
+        (6, 9),
+    ]
+    assert len(list(vocab.row_chunks(7, torch.empty(10_000, 1), num_models=2))) == 7
 
 
 def test_equal_models_give_zero_and_no_gradient() -> None:
@@ -124,7 +128,7 @@ def test_bf16_gradients_are_added_up_in_fp32() -> None:
     reference = [hidden_NH.detach().bfloat16().expand(1000, 4), weight_VH.detach().bfloat16()]
     expected = gradients(oracle(policy, reference), policy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_BYTES", 1)
+        patch.setattr(vocab, "CHUNK_BYTES", 1)
         got = gradients(kl(policy, reference), policy)
     for gradient, want in zip(got, expected, strict=True):
         assert gradient.dtype == torch.bfloat16

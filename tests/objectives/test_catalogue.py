@@ -84,6 +84,7 @@ def test_gamma_or_its_ratio(method: str) -> None:
         ("dpo", {}, {"ref_logp", "reward"}),
         ("dpo", {"log_ratio": "mean"}, {"length", "ref_logp", "reward"}),
         ("dpo", {"nll_weight": 0.1}, {"length", "ref_logp", "reward"}),
+        ("expo", {"kl_weight": 0.0, "nll_weight": 0.1, "nll_on": "all"}, {"length", "reward"}),
         ("simpo", {}, {"length", "reward"}),
         ("expo", {}, {"reward", "token_kl"}),
         ("expo", {"kl_estimator": "sample"}, {"reward"}),

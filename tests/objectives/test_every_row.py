@@ -11,6 +11,7 @@ import torch
 
 from rpo_megatron.objectives.methods import METHODS
 from rpo_megatron.objectives.objective import Objective
+from rpo_megatron.objectives.row import OneOf
 from tests.objectives.batches import (
     GRADIENT_COLUMNS,
     Make,
@@ -46,6 +47,15 @@ MEAN_OF_COLUMNS = {"steerlm2": "reward", "pessimistic_unconfirmed": "reward"}
 def anchored(name: str) -> dict[str, Any]:
     """Knobs that switch on everything that is off by default."""
     return {"nll_weight": 0.3, "nll_on": "weighted"} if "nll_weight" in METHODS[name].knobs else {}
+
+
+def wordings(name: str) -> list[dict[str, Any]]:
+    """The defaults, and every word that a knob of the method may have, with the term that it belongs to switched on."""
+    found: list[dict[str, Any]] = [{}]
+    for key, knob in METHODS[name].knobs.items():
+        switch = {} if knob.only_with is None else {knob.only_with: 0.3}
+        found += [{key: word, **switch} for word in (knob.allowed.reads if isinstance(knob.allowed, OneOf) else ())]
+    return found
 
 
 def without_anchors(method: Objective) -> Objective:
@@ -249,11 +259,11 @@ def test_never_waits_for_the_device(make: Make, name: str) -> None:
         assert all(total.shape == count.shape == () for total, count in stats.values())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_reads_exactly_the_declared_columns(make: Make, name: str) -> None:
-    """A row that reads a column it does not declare (here missing, the lengths junk), declares one that it does not
-    read, or statistics that carry a gradient."""
-    ours = objective(name, **anchored(name))
+@pytest.mark.parametrize(("name", "knobs"), [(name, knobs) for name in METHODS for knobs in wordings(name)])
+def test_reads_exactly_the_declared_columns(make: Make, name: str, knobs: dict[str, Any]) -> None:
+    """A row, or a word of a knob, that reads a column it does not declare (here missing, the lengths junk), declares
+    one that it does not read, or statistics that carry a gradient."""
+    ours = objective(name, **knobs)
     batch, other = (random_batch(make, seed, 6, 4, ragged=False) for seed in (2, 3))
     columns = {
         column: column.removesuffix("_GKM").removesuffix("_GK")
@@ -265,9 +275,8 @@ def test_reads_exactly_the_declared_columns(make: Make, name: str) -> None:
     if METHODS[name].kind == "reward model":
         missing["logp_GK"] = None
     bare = with_columns(batch, **missing)
-    losses_G, stats = ours(
-        with_columns(bare, **{score_column(name): getattr(bare, score_column(name)).requires_grad_()})
-    )
+    leaf = getattr(bare, score_column(name)).clone().requires_grad_()
+    losses_G, stats = ours(with_columns(bare, **{score_column(name): leaf}))
     torch.testing.assert_close(losses_G.detach(), losses_of(ours, batch))
     assert losses_G.requires_grad
     assert not any(total.requires_grad or count.requires_grad for total, count in stats.values())
