@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model import compat
+from rpo_megatron.model.attention import AttentionName, choose_attention
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.logprobs import scored_hidden, token_logprobs
@@ -22,6 +23,7 @@ from rpo_megatron.model.row import Row
 from rpo_megatron.model.scores import Scores
 from rpo_megatron.model.shape import ModelShape, padded_vocab, stage_layers
 from rpo_megatron.model.token_kl import token_kl
+from rpo_megatron.model.vocab import VocabShard
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,11 +37,13 @@ class ScoringModel(GPTModel):
     place of the output layer.
     """
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, groups: Groups) -> None:
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, groups: Groups, *, attention: AttentionName
+    ) -> None:
         is_lm = shape.head == "lm"
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config),
+            transformer_layer_spec=block_spec(config, attention=attention),
             vocab_size=padded_vocab(shape),
             max_sequence_length=shape.max_positions,
             pre_process=groups.pp.first,
@@ -56,11 +60,13 @@ class ScoringModel(GPTModel):
             self.score = ValueHead(config, groups.tp)
 
     @property
-    def output_weight(self) -> torch.Tensor:
-        """This rank's vocabulary shard of the output layer, on the last stage of a model that has one."""
+    def vocab_shard(self) -> VocabShard:
+        """This rank's part of the output layer, on the last stage of a model that has one."""
         assert self.post_process
         assert self.shape.head == "lm"
-        return self.shared_embedding_or_output_weight() if self.shape.tied_embeddings else self.output_layer.weight
+        tied = self.shape.tied_embeddings
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return VocabShard(weight_VH=weight_VH, vocab_size=self.shape.vocab_size, tp=self.tp)
 
     def forward(self, row: Row, *, keep_hidden: bool = False) -> torch.Tensor | Scores:
         """`keep_hidden` adds the hidden states at the scored positions to the Scores of a model with an output
@@ -82,13 +88,10 @@ class ScoringModel(GPTModel):
         hidden_NH = scored_hidden(
             hidden_T1H, row.scored_position_N, tp=self.tp, sequence_parallel=self.config.sequence_parallel
         )
-        weight_VH, vocab_size = self.output_weight, self.shape.vocab_size
-        token_kl_N = None
-        if row.reference is not None:
-            token_kl_N = token_kl(hidden_NH, weight_VH, row.reference, vocab_size=vocab_size, tp=self.tp)
+        shard = self.vocab_shard
         return Scores(
-            logp_N=token_logprobs(hidden_NH, weight_VH, row.scored_label_N, vocab_size=vocab_size, tp=self.tp),
-            token_kl_N=token_kl_N,
+            logp_N=token_logprobs(hidden_NH, shard, row.scored_label_N),
+            token_kl_N=None if row.reference is None else token_kl(hidden_NH, shard, row.reference),
             hidden_NH=hidden_NH.detach() if keep_hidden else None,
         )
 
@@ -104,10 +107,18 @@ class ScoringModel(GPTModel):
         return sharded
 
 
-def build(shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups) -> ScoringModel:
+def build(
+    shape: ModelShape,
+    *,
+    precision: Precision,
+    sequence_parallel: bool,
+    groups: Groups,
+    attention: AttentionName = "auto",
+) -> ScoringModel:
     """This rank's part of the model, with weights not yet set."""
     config = transformer_config(shape, precision=precision, sequence_parallel=sequence_parallel, groups=groups)
-    model = ScoringModel(config, shape, groups).to(groups.device)
+    chosen = choose_attention(attention, groups.device)
+    model = ScoringModel(config, shape, groups, attention=chosen).to(groups.device)
     compat.mark_sharded_weights(model)
     return model
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rpo_megatron.model.vocab import VocabShard
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -30,7 +32,5 @@ class ReferenceTokens:
 
     hidden_NH: torch.Tensor
     """After the final norm, whole on every tensor rank. H is the reference's, which need not be the policy's."""
-    weight_VH: torch.Tensor
-    """This rank's vocabulary shard of the reference's output layer."""
-    vocab_size: int
-    """Without padding."""
+    shard: VocabShard
+    """This rank's part of the reference's output layer."""

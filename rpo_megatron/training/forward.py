@@ -140,11 +140,7 @@ def with_reference_tokens(reference: Any, batches: list[Batch]) -> list[Batch]:
 
 def _with_tokens(reference: Any, batch: Batch, scores: Scores) -> Batch:
     assert scores.hidden_NH is not None
-    tokens = ReferenceTokens(
-        hidden_NH=scores.hidden_NH,
-        weight_VH=reference.output_weight.detach(),
-        vocab_size=reference.shape.vocab_size,
-    )
+    tokens = ReferenceTokens(hidden_NH=scores.hidden_NH, shard=reference.vocab_shard)
     row = replace(batch.row, reference=tokens)
     return replace(batch, row=row, ref_logp_GK=policy_logps(batch.responses(scores)))
 

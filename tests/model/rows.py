@@ -114,16 +114,10 @@ def with_reference(rows: list[Packed], reference: ScoringModel) -> list[Packed]:
         )
     if not hidden:
         return rows
-    weight_VH, vocab_size = reference.output_weight, reference.shape.vocab_size
+    tokens = [ReferenceTokens(hidden_NH=hidden_NH, shard=reference.vocab_shard) for hidden_NH in hidden]
     return [
-        Packed(
-            packed.groups,
-            replace(
-                packed.row,
-                reference=ReferenceTokens(hidden_NH=hidden_NH, weight_VH=weight_VH, vocab_size=vocab_size),
-            ),
-        )
-        for packed, hidden_NH in zip(rows, hidden, strict=True)
+        Packed(packed.groups, replace(packed.row, reference=reference_tokens))
+        for packed, reference_tokens in zip(rows, tokens, strict=True)
     ]
 
 

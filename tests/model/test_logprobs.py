@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.model import vocab
 from rpo_megatron.model.logprobs import plain_logprobs, response_logps, scored_hidden, token_logprobs
-from rpo_megatron.model.vocab import vocab_logits
+from rpo_megatron.model.vocab import Tiles, VocabShard
+from tests.model.tiles import set_tile
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,12 @@ def logprobs(hidden_T1H: torch.Tensor, weight_VH: torch.Tensor, at: list[int], l
     position_N, label_N = torch.tensor(at, dtype=torch.long), torch.tensor(label, dtype=torch.long)
     tp = start(ParallelConfig()).tp
     hidden_NH = scored_hidden(hidden_T1H, position_N, tp=tp, sequence_parallel=False)
-    return token_logprobs(hidden_NH, weight_VH, label_N, vocab_size=13, tp=tp)
+    return token_logprobs(hidden_NH, shard_of(weight_VH), label_N)
+
+
+def shard_of(weight_VH: torch.Tensor, *, softcap: float | None = None) -> VocabShard:
+    """13 words of the weight's 16 rows."""
+    return VocabShard(weight_VH=weight_VH, vocab_size=13, tp=start(ParallelConfig()).tp, softcap=softcap)
 
 
 def test_equals_log_softmax_without_the_padding() -> None:
@@ -64,42 +71,52 @@ def gradients(logp_N: torch.Tensor, weight_N: torch.Tensor, *of: torch.Tensor) -
 @settings(deadline=None, max_examples=40)
 @given(
     num_rows=st.integers(0, 9),
-    rows_per_chunk=st.integers(1, 10),
+    tile=st.tuples(st.integers(1, 10), st.integers(1, 14)),
     scale=st.sampled_from([1.0, 30.0, 3e3]),
+    softcap=st.sampled_from([None, 5.0]),
     seed=st.integers(0, 99),
 )
-def test_chunks_do_not_matter(num_rows: int, rows_per_chunk: int, scale: float, seed: int) -> None:
-    """Catches a chunk that is left out or counted twice, a maximum that is not subtracted (logits of 1e4 overflow), a
-    gradient that misses the label, or reaches the padding: against fp64, for chunk sizes that do not divide."""
+def test_tiles_do_not_matter(
+    num_rows: int, tile: tuple[int, int], scale: float, softcap: float | None, seed: int
+) -> None:
+    """Catches a tile that is left out or counted twice, tiles merged wrongly, a maximum that is not subtracted (logits
+    of 1e4 overflow), a gradient that misses the label or the cap, or reaches the padding: against fp64, for tiles that
+    do not divide rows and words."""
     hidden_NH, weight_VH, label_N, weight_N = inputs(num_rows, scale=scale, dtype=torch.float32, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocab, "CHUNK_BYTES", rows_per_chunk * 4 * 16)
-        tp = start(ParallelConfig()).tp
-        logp_N = token_logprobs(hidden_NH, weight_VH, label_N, vocab_size=13, tp=tp)
+        set_tile(patch, *tile)
+        logp_N = token_logprobs(hidden_NH, shard_of(weight_VH, softcap=softcap), label_N)
         got = gradients(logp_N, weight_N, hidden_NH, weight_VH)
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_NH, weight_VH)]
-    expected_N = (wide[0] @ wide[1][:13].T).log_softmax(-1)[torch.arange(num_rows), label_N]
+    logits_NV = wide[0] @ wide[1][:13].T
+    if softcap is not None:
+        logits_NV = softcap * (logits_NV / softcap).tanh()
+    expected_N = logits_NV.log_softmax(-1)[torch.arange(num_rows), label_N]
     want = gradients(expected_N, weight_N, *wide)
     torch.testing.assert_close(logp_N.double(), expected_N, rtol=1e-5, atol=1e-5 * scale)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_good_as_the_plain_path(dtype: torch.dtype) -> None:
+def test_as_good_as_the_plain_path(dtype: torch.dtype, softcap: float | None) -> None:
     """Catches rounding that materialised logits do not have: errors against fp64 of values and of both gradients, at
     the precision of the inputs."""
     hidden_NH, weight_VH, label_N, weight_N = inputs(200, scale=2.0, dtype=dtype)
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden_NH, weight_VH)]
-    exact_N = (wide[0] @ wide[1][:13].T).log_softmax(-1)[torch.arange(200), label_N]
+    logits_NV = wide[0] @ wide[1][:13].T
+    if softcap is not None:
+        logits_NV = softcap * (logits_NV / softcap).tanh()
+    exact_N = logits_NV.log_softmax(-1)[torch.arange(200), label_N]
     exact = [exact_N, *gradients(exact_N, weight_N, *wide)]
     errors = []
     for function in (token_logprobs, plain_logprobs):
-        logp_N = function(hidden_NH, weight_VH, label_N, vocab_size=13, tp=start(ParallelConfig()).tp)
+        logp_N = function(hidden_NH, shard_of(weight_VH, softcap=softcap), label_N)
         found = [logp_N, *gradients(logp_N, weight_N, hidden_NH, weight_VH)]
         errors.append([float((a.double() - b).norm()) for a, b in zip(found, exact, strict=True)])
-    for chunked, plain in zip(*errors, strict=True):
-        assert chunked <= 1.1 * plain + 1e-6
+    for tiled, plain in zip(*errors, strict=True):
+        assert tiled <= 1.1 * plain + 1e-6
 
 
 MEMORY = """
@@ -110,13 +127,14 @@ cpu.enable()
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.model import logprobs
+from rpo_megatron.model.vocab import VocabShard
 torch.set_num_threads(1)
 tp = start(ParallelConfig()).tp
 num_rows, words = 4096, 131072
 def run(rows):
     hidden_NH, label_N = torch.randn(rows, 16, requires_grad=True), torch.randint(0, words, (rows,))
     function = getattr(logprobs, sys.argv[1])
-    function(hidden_NH, weight_VH, label_N, vocab_size=words, tp=tp).sum().backward()
+    function(hidden_NH, VocabShard(weight_VH=weight_VH, vocab_size=words, tp=tp), label_N).sum().backward()
 def resident(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
@@ -146,21 +164,56 @@ CALM = {**os.environ, "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_logits() -> None:
     """Catches logits that are kept: the plain path shows that the measurement would see them."""
-    chunked, plain = extra_memory("token_logprobs"), extra_memory("plain_logprobs")
+    tiled, plain = extra_memory("token_logprobs"), extra_memory("plain_logprobs")
     weight_gradient = 131072 * 16 * 4 / 2**20
-    print(f"extra memory: {chunked:.0f} MiB in chunks, {plain:.0f} MiB with all logits")
+    print(f"extra memory: {tiled:.0f} MiB in tiles, {plain:.0f} MiB with all logits")
     assert plain > 1900
-    assert chunked < weight_gradient + 64 + 16, "MiB: two tensors of a chunk's size, and some slack"
+    assert tiled < weight_gradient + 64, "MiB: a tile, temporaries of its size, and its rows' statistics"
 
 
-@pytest.mark.parametrize(("tp_rank", "real"), [(0, 16), (1, 5), (2, 0)])
-def test_padding_is_masked_by_the_shards_place(tp_rank: int, real: int) -> None:
-    """Catches a mask that counts from the wrong shard's first row: 21 words over three shards of 16 rows."""
-    hidden_NH, weight_VH = torch.ones(2, 4), torch.ones(16, 4)
-    logits_NV = vocab_logits(hidden_NH, weight_VH, vocab_size=21, tp_rank=tp_rank)
-    assert (logits_NV[:, :real] == 4).all()
-    assert (logits_NV[:, real:] < -1e38).all()
-    assert logits_NV.isfinite().all()
+@pytest.mark.parametrize(("tp_rank", "words"), [(0, 16), (1, 5), (2, 0)])
+def test_padding_is_left_out_by_the_shards_place(tp_rank: int, words: int) -> None:
+    """Catches words that are counted from the wrong shard's first row: 21 words over three shards of 16 rows."""
+    tp = replace(start(ParallelConfig()).tp, rank=tp_rank)
+    shard = VocabShard(weight_VH=torch.ones(16, 4), vocab_size=21, tp=tp)
+    assert shard.num_words == words
+    assert sum(tile.stop - tile.start for tile in Tiles(shard, 3).words) == words
+
+
+def test_tiles_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tile that ignores the memory it may take, or rows and words that are lost between tiles."""
+    set_tile(monkeypatch, 3, 100)
+    shard = VocabShard(weight_VH=torch.empty(240, 1), vocab_size=230, tp=start(ParallelConfig()).tp)
+    tiles = Tiles(shard, 7)
+    assert [(tile.start, tile.stop) for tile in tiles.rows] == [(0, 3), (3, 6), (6, 9)]
+    assert [(tile.start, tile.stop) for tile in tiles.words] == [(0, 100), (100, 200), (200, 230)]
+    assert len(Tiles(shard, 7, num_models=2).words) == 5
+    monkeypatch.setattr(vocab, "TILE_BYTES", {"cpu": 1})
+    assert len(Tiles(shard, 7).rows) == 7
+    assert len(Tiles(shard, 7).words) == 230
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_gradient_goes_where_megatron_keeps_it(tied: bool) -> None:
+    """Catches a gradient that is lost or counted twice where megatron has a buffer for it, and an embedding's gradient
+    that is lost with it: over two micro-batches, with megatron's own hook."""
+    hidden_NH, weight_VH, label_N, weight_N = inputs(6, scale=1.0, dtype=torch.float32)
+    expected = gradients(token_logprobs(hidden_NH, shard_of(weight_VH), label_N), weight_N, weight_VH)[0]
+    weight_VH = torch.nn.Parameter(weight_VH.detach())
+    weight_VH.main_grad, weight_VH.grad_added_to_main_grad = torch.zeros(16, 8), False
+    if tied:
+        weight_VH.zero_out_wgrad = True
+    for _ in range(2):
+        logp_N = token_logprobs(hidden_NH, shard_of(weight_VH), label_N)
+        embedded = weight_VH[:2].sum() if tied else 0.0
+        ((logp_N * weight_N).sum() + embedded).backward()
+        # what megatron's DistributedDataParallel does when the weight's gradient is complete
+        assert weight_VH.grad is not None
+        if not weight_VH.grad_added_to_main_grad or tied:
+            weight_VH.main_grad.add_(weight_VH.grad)
+        weight_VH.grad = None
+    expected[:2] += float(tied)
+    torch.testing.assert_close(weight_VH.main_grad, 2 * expected)
 
 
 def test_row_without_scored_tokens() -> None:

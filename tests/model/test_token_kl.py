@@ -1,6 +1,7 @@
 """The token KL against plain torch in fp64: values and gradients, then through whole models."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
-from rpo_megatron.model import vocab
 from rpo_megatron.model.scores import ReferenceTokens
 from rpo_megatron.model.token_kl import token_kl
+from rpo_megatron.model.vocab import VocabShard
 from tests import tiny
 from tests.model.rows import kl_loss, load, outcome, random_rows, with_reference
+from tests.model.tiles import set_tile
 
 WORDS = 13
 
@@ -29,10 +31,11 @@ def one_process() -> Iterator[None]:
 
 def kl(policy: list[torch.Tensor], reference: list[torch.Tensor]) -> torch.Tensor:
     """Of [hidden, weight] pairs; weights have 16 rows, of which 13 are words."""
-    hidden_NH, weight_VH = reference
-    tokens = ReferenceTokens(hidden_NH=hidden_NH, weight_VH=weight_VH, vocab_size=WORDS)
-    policy_hidden_NH, policy_weight_VH = policy
-    return token_kl(policy_hidden_NH, policy_weight_VH, tokens, vocab_size=WORDS, tp=start(ParallelConfig()).tp)
+    tp = start(ParallelConfig()).tp
+    (hidden_NH, shard), (ref_hidden_NH, ref_shard) = (
+        (hidden, VocabShard(weight_VH=weight, vocab_size=WORDS, tp=tp)) for hidden, weight in (policy, reference)
+    )
+    return token_kl(hidden_NH, shard, ReferenceTokens(hidden_NH=ref_hidden_NH, shard=ref_shard))
 
 
 def oracle(policy: list[torch.Tensor], reference: list[torch.Tensor]) -> torch.Tensor:
@@ -58,17 +61,18 @@ def gradients(kl_N: torch.Tensor, policy: list[torch.Tensor]) -> tuple[torch.Ten
 @settings(deadline=None, max_examples=40)
 @given(
     num_rows=st.integers(0, 9),
-    rows_per_chunk=st.integers(1, 10),
+    tile=st.tuples(st.integers(1, 10), st.integers(1, 14)),
     ref_hidden=st.integers(1, 6),
     scale=st.sampled_from([1e-2, 1.0, 10.0]),
     seed=st.integers(0, 10),
 )
-def test_equals_the_definition(num_rows: int, rows_per_chunk: int, ref_hidden: int, scale: float, seed: int) -> None:
-    """Catches rows lost or repeated where chunks do not divide N, padding that takes part, a KL in the wrong direction,
-    a gradient of the wrong sign or without the incoming one; the reference's hidden size is its own."""
+def test_equals_the_definition(num_rows: int, tile: tuple[int, int], ref_hidden: int, scale: float, seed: int) -> None:
+    """Catches rows or words lost or repeated where tiles do not divide them, parts merged wrongly, padding that takes
+    part, a KL in the wrong direction, a gradient of the wrong sign or without the incoming one; the reference's hidden
+    size is its own."""
     policy, reference = pair(num_rows, 4, seed=seed, scale=scale), pair(num_rows, ref_hidden, seed=seed + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocab, "CHUNK_BYTES", rows_per_chunk * 2 * 4 * 16)
+        set_tile(patch, *tile, num_models=2)
         kl_N = kl(policy, reference)
         got = gradients(kl_N, policy)
     expected_N = oracle(policy, reference)
@@ -77,17 +81,6 @@ def test_equals_the_definition(num_rows: int, rows_per_chunk: int, ref_hidden: i
     for gradient, want in zip(got, gradients(expected_N, policy), strict=True):
         torch.testing.assert_close(gradient, want.to(gradient.dtype), rtol=1e-4, atol=1e-5)
     assert not got[1][WORDS:].any()
-
-
-def test_memory_bounds_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches chunks that ignore the budget, and a vocabulary so large that not one row fits."""
-    monkeypatch.setattr(vocab, "CHUNK_BYTES", 8 * 100 * 3)
-    assert [(c.start, c.stop) for c in vocab.row_chunks(7, torch.empty(100, 1), num_models=2)] == [
-        (0, 3),
-        (3, 6),
-        (6, 9),
-    ]
-    assert len(list(vocab.row_chunks(7, torch.empty(10_000, 1), num_models=2))) == 7
 
 
 def test_equal_models_give_zero_and_no_gradient() -> None:
@@ -120,15 +113,15 @@ def test_reference_gets_no_gradient() -> None:
 
 
 def test_bf16_gradients_are_added_up_in_fp32() -> None:
-    """Catches a gradient that autograd refuses, or chunks added up in bf16, where a sum stops growing once its terms
-    are a hundredth of it: 1000 chunks of one row each, all of them alike."""
+    """Catches a gradient that autograd refuses, or tiles added up in bf16, where a sum stops growing once its terms
+    are a hundredth of it: 1000 tiles of one row each, all of them alike."""
     policy = [tensor.detach().bfloat16() for tensor in pair(1, 4)]
     policy = [policy[0].expand(1000, 4).contiguous().requires_grad_(), policy[1].requires_grad_()]
     hidden_NH, weight_VH = pair(1, 4, seed=1)
     reference = [hidden_NH.detach().bfloat16().expand(1000, 4), weight_VH.detach().bfloat16()]
     expected = gradients(oracle(policy, reference), policy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocab, "CHUNK_BYTES", 1)
+        set_tile(patch, 1, 13, num_models=2)
         got = gradients(kl(policy, reference), policy)
     for gradient, want in zip(got, expected, strict=True):
         assert gradient.dtype == torch.bfloat16
@@ -138,9 +131,10 @@ def test_bf16_gradients_are_added_up_in_fp32() -> None:
 def test_other_vocabulary_is_our_bug() -> None:
     """Catches distributions over different words being compared; a run refuses it before."""
     hidden_NH, weight_VH = pair(2, 4)
-    tokens = ReferenceTokens(hidden_NH=hidden_NH, weight_VH=weight_VH, vocab_size=12)
+    shard = VocabShard(weight_VH=weight_VH, vocab_size=WORDS, tp=start(ParallelConfig()).tp)
+    tokens = ReferenceTokens(hidden_NH=hidden_NH, shard=replace(shard, vocab_size=12))
     with pytest.raises(AssertionError):
-        token_kl(hidden_NH, weight_VH, tokens, vocab_size=WORDS, tp=start(ParallelConfig()).tp)
+        token_kl(hidden_NH, shard, tokens)
 
 
 # ------------------------------------------------------------------------------------------------ through whole models

@@ -1,0 +1,100 @@
+"""Every implementation of core attention against a dense softmax in fp64: results and gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpo_megatron.model.attention import ATTENTION, AttentionName
+from rpo_megatron.model.row import Segments
+
+HEAD = 8
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """(lengths, prompts) of a row of groups: with a shared prompt, without, and perhaps padding."""
+    lengths: list[int] = []
+    prompts: list[int] = []
+    for _ in range(draw(st.integers(1, 3))):
+        prompt = draw(st.integers(1, 7))
+        responses = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+        if draw(st.booleans()):
+            prompts += [-1, *[len(lengths)] * len(responses)]
+            lengths += [prompt, *responses]
+        else:
+            prompts += [-1] * len(responses)
+            lengths += [prompt + response for response in responses]
+    if padding := draw(st.integers(0, 3)):
+        lengths.append(padding)
+        prompts.append(-1)
+    return lengths, prompts
+
+
+def tensors(num_tokens: int, *, groups: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """query of 4 heads, key and value of `groups`, and the gradient of the result."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (4, groups, groups, 4)
+    return [torch.randn(num_tokens, 1, h, HEAD, generator=generator).to(dtype).requires_grad_() for h in heads]
+
+
+def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """From the definition: a token sees its own segment up to itself, and all of its segment's prompt."""
+    segment_T = torch.repeat_interleave(torch.tensor(segments.lengths))
+    order_T = torch.arange(len(segment_T))
+    own_TT = (segment_T[:, None] == segment_T) & (order_T[:, None] >= order_T)
+    shared_TT = torch.tensor(segments.prompts)[segment_T][:, None] == segment_T
+    repeats = query.shape[2] // key.shape[2]
+    q, k, v = query[:, 0], key[:, 0].repeat_interleave(repeats, 1), value[:, 0].repeat_interleave(repeats, 1)
+    scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(HEAD)
+    weights = scores.masked_fill(~(own_TT | shared_TT), float("-inf")).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v)[:, None]
+
+
+def results(name: AttentionName | None, inputs: list[torch.Tensor], segments: Segments) -> list[torch.Tensor]:
+    """[output, gradients of query, key and value], in fp64; of `dense` without a name."""
+    *qkv, grad = inputs
+    output = dense(*qkv, segments) if name is None else ATTENTION[name](*qkv, segments, scale=1 / math.sqrt(HEAD))
+    return [tensor.double() for tensor in (output, *torch.autograd.grad(output, qkv, grad))]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@settings(deadline=None, max_examples=60)
+@given(row=rows(), groups=st.sampled_from([1, 2, 4]))
+def test_equals_dense_attention(name: AttentionName, row: tuple[list[int], list[int]], groups: int) -> None:
+    """Catches a token that sees the future, a neighbour or padding, or not all of its prompt; heads matched to the
+    wrong keys; gradients of shared keys that miss a response, or come from a softmax over a part of the keys."""
+    lengths, prompts = row
+    inputs = tensors(sum(lengths), groups=groups, dtype=torch.float32)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    got = results(name, inputs, Segments(lengths=lengths, prompts=prompts))
+    want = results(None, wide, Segments(lengths=lengths, prompts=prompts))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_bf16_is_as_good_as_plain_torch(name: AttentionName) -> None:
+    """Catches parts that are rounded to bf16 before they are put together: the error against fp64, beside that of
+    torch's own attention with the keys joined."""
+    segments = Segments(lengths=[40, 30, 1, 50, 25], prompts=[-1, 0, 0, 0, -1])
+    inputs = tensors(sum(segments.lengths), groups=2, dtype=torch.bfloat16)
+    exact = results(None, [tensor.detach().double().requires_grad_() for tensor in inputs], segments)
+    plain = results("sdpa", inputs, segments)
+    for one, other, truth in zip(results(name, inputs, segments), plain, exact, strict=True):
+        assert (one - truth).norm() <= 1.3 * (other - truth).norm()
+
+
+def test_large_scores_are_merged_without_overflow() -> None:
+    """Catches sums of exponentials that are formed before the maximum is taken off: scores of several thousands, where
+    what has any gradient left to speak of is the value."""
+    segments = Segments(lengths=[3, 2, 4], prompts=[-1, 0, 0])
+    query, *others = tensors(9, groups=2, dtype=torch.float32)
+    inputs = [(query.detach() * 3e3).requires_grad_(), *others]
+    want = results(None, [tensor.detach().double().requires_grad_() for tensor in inputs], segments)
+    got = results("merged", inputs, segments)
+    assert all(tensor.isfinite().all() for tensor in got)
+    for i in (0, 3):
+        torch.testing.assert_close(got[i], want[i], rtol=1e-3, atol=1e-3)
