@@ -131,6 +131,9 @@ class ParallelConfig:
     """Pipeline parallel size: the layers are split into this many stages."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the tensor ranks. Needs tensor > 1."""
+    context: int = 1
+    """Context parallel size: the tokens of a row are split over this many ranks, in attention its heads. For rows that
+    are too long for one GPU."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others in a collective before it gives up."""
 

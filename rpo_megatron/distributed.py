@@ -1,6 +1,6 @@
 """Process groups and the few collectives that are ours. The only place that touches megatron's parallel_state.
 
-Ranks are laid out as megatron does: tensor innermost, then data, then pipeline.
+Ranks are laid out as megatron does: tensor innermost, then context, then data, then pipeline.
 """
 
 import datetime
@@ -45,7 +45,10 @@ class Groups:
     world: int
     tp: Axis
     pp: Axis
+    cp: Axis
     dp: Axis
+    replicas: Axis
+    """The processes that hold the same weights: data x context."""
     device: torch.device
 
     @property
@@ -55,8 +58,9 @@ class Groups:
 
     @property
     def speaks_for_data(self) -> bool:
-        """True on the one process per data-parallel replica whose results are counted: last stage, first TP rank."""
-        return self.pp.last and self.tp.first
+        """True on the one process per data-parallel rank whose results are counted: last stage, first tensor and
+        context rank."""
+        return self.pp.last and self.tp.first and self.cp.first
 
 
 def environment() -> tuple[int, int]:
@@ -79,7 +83,7 @@ def start(parallel: ParallelConfig) -> Groups:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline)
+    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context)
     # Nothing in a step draws random numbers (no dropout); megatron's layers still ask for the tracker to exist.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     return Groups(
@@ -88,7 +92,9 @@ def start(parallel: ParallelConfig) -> Groups:
         device=device,
         tp=_axis(parallel_state.get_tensor_model_parallel_group()),
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        cp=_axis(parallel_state.get_context_parallel_group()),
         dp=_axis(parallel_state.get_data_parallel_group()),
+        replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
 
 
@@ -103,10 +109,11 @@ def stop() -> None:
 
 def check_world(parallel: ParallelConfig, world: int) -> None:
     """Raises UserError when `world` processes cannot be laid out as `parallel` asks."""
-    model_ranks = parallel.tensor * parallel.pipeline
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world % model_ranks:
+        context = f" x parallel.context={parallel.context}" * (parallel.context > 1)
         raise UserError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} needs a multiple of "
             f"{model_ranks} processes, got {world}; launch with torchrun --nproc-per-node {model_ranks} "
             f"(or another multiple), or change the layout"
         )

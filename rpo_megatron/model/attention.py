@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 
+from rpo_megatron.distributed import Axis
+from rpo_megatron.model.context import attend_over_heads
 from rpo_megatron.model.merged import merged_attention
 from rpo_megatron.model.row import Segments
 
@@ -65,7 +67,8 @@ ATTENTION: dict[AttentionName, Attend] = {"sdpa": segment_attention, "merged": m
 
 
 class PackedAttention(MegatronModule):
-    """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] (this TP rank's heads) -> [T, 1, heads * dim]."""
+    """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] (this TP rank's heads) -> [T, 1, heads * dim]; with
+    context parallelism, of this rank's part of the row."""
 
     def __init__(
         self,
@@ -76,10 +79,13 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         *,
         attention: AttentionName,
+        cp: Axis,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.attend = partial(ATTENTION[attention], scale=softmax_scale or 1.0 / math.sqrt(config.kv_channels))
+        if cp.size > 1:
+            self.attend = partial(attend_over_heads, self.attend, cp=cp)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model import compat
 from rpo_megatron.model.attention import AttentionName, choose_attention
+from rpo_megatron.model.context import sum_over_parts, whole_tokens
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.logprobs import scored_hidden, token_logprobs
@@ -43,7 +44,7 @@ class ScoringModel(GPTModel):
         is_lm = shape.head == "lm"
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, attention=attention),
+            transformer_layer_spec=block_spec(config, attention=attention, cp=groups.cp),
             vocab_size=padded_vocab(shape),
             max_sequence_length=shape.max_positions,
             pre_process=groups.pp.first,
@@ -54,6 +55,7 @@ class ScoringModel(GPTModel):
         )
         self.shape = shape
         self.tp = groups.tp
+        self.cp = groups.cp
         self.rotary = Rotary(shape, groups.device)
         if self.post_process and not is_lm:
             del self.output_layer
@@ -71,29 +73,40 @@ class ScoringModel(GPTModel):
     def forward(self, row: Row, *, keep_hidden: bool = False) -> torch.Tensor | Scores:
         """`keep_hidden` adds the hidden states at the scored positions to the Scores of a model with an output
         layer."""
-        hidden = self.embedding(input_ids=row.tokens_1T, position_ids=None) if self.pre_process else None
+        here = slice(None) if row.part is None else row.part.tokens
+        hidden = self.embedding(input_ids=row.tokens_1T[:, here], position_ids=None) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self.rotary(row.positions_T),
+            rotary_pos_emb=self.rotary(row.positions_T[here]),
             packed_seq_params=row.segments,
         )
         if not self.post_process:
             return hidden
         if self.shape.head == "value":
-            return Scores(value_GK=self.score(hidden, pooled_position(row, self.shape.pad_token)))
+            return Scores(value_GK=self._values(hidden, row))
         return self._token_scores(hidden, row, keep_hidden=keep_hidden)
 
+    def _values(self, hidden_T1H: torch.Tensor, row: Row) -> torch.Tensor:
+        position_GK, part = pooled_position(row, self.shape.pad_token), row.part
+        if part is None:
+            return self.score(hidden_T1H, position_GK)
+        here_GK = part.contains(position_GK)
+        value_GK = self.score(hidden_T1H, torch.where(here_GK, part.local(position_GK), 0))
+        return sum_over_parts(torch.where(here_GK, value_GK, 0.0), self.cp)
+
     def _token_scores(self, hidden_T1H: torch.Tensor, row: Row, *, keep_hidden: bool) -> Scores:
-        hidden_NH = scored_hidden(
-            hidden_T1H, row.scored_position_N, tp=self.tp, sequence_parallel=self.config.sequence_parallel
-        )
+        position_N, label_N, part = row.scored_position_N, row.scored_label_N, row.part
+        if part is not None:
+            position_N, label_N = part.local(position_N[part.scored_M]), label_N[part.scored_M]
+        hidden_NH = scored_hidden(hidden_T1H, position_N, tp=self.tp, sequence_parallel=self.config.sequence_parallel)
         shard = self.vocab_shard
-        return Scores(
-            logp_N=token_logprobs(hidden_NH, shard, row.scored_label_N),
-            token_kl_N=None if row.reference is None else token_kl(hidden_NH, shard, row.reference),
-            hidden_NH=hidden_NH.detach() if keep_hidden else None,
-        )
+        logp_N = token_logprobs(hidden_NH, shard, label_N)
+        token_kl_N = None if row.reference is None else token_kl(hidden_NH, shard, row.reference)
+        if part is not None:
+            logp_N = whole_tokens(logp_N, part, self.cp)
+            token_kl_N = None if token_kl_N is None else whole_tokens(token_kl_N, part, self.cp)
+        return Scores(logp_N=logp_N, token_kl_N=token_kl_N, hidden_NH=hidden_NH.detach() if keep_hidden else None)
 
     def sharded_state_dict(
         self,
@@ -141,6 +154,7 @@ def transformer_config(
         bf16=precision == "bf16",
         tensor_model_parallel_size=groups.tp.size,
         pipeline_model_parallel_size=groups.pp.size,
+        context_parallel_size=groups.cp.size,
         sequence_parallel=sequence_parallel,
         # The exact mean over the groups of the global batch: losses are sums, counts travel beside them, and megatron
         # divides once. "Token" in its name is whatever the count counts.

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from rpo_megatron.distributed import Axis
 from rpo_megatron.model.attention import AttentionName, PackedAttention
 
 
@@ -30,13 +31,13 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def block_spec(config: Any, *, attention: AttentionName) -> TransformerBlockSubmodules:
+def block_spec(config: Any, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     inside = parts.self_attention.submodules
-    inside.core_attention = ModuleSpec(module=PackedAttention, params={"attention": attention})
+    inside.core_attention = ModuleSpec(module=PackedAttention, params={"attention": attention, "cp": cp})
     if config.qk_layernorm:
         # Replicated weights that see one rank's heads: megatron sums their gradients over TP by parameter name.
         inside.q_layernorm = inside.k_layernorm = RMSNorm

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from rpo_megatron.model.context import Part
 from rpo_megatron.model.scores import ReferenceTokens
 
 
@@ -45,5 +46,7 @@ class Row:
     scored_label_N: torch.Tensor
     last_position_GK: torch.Tensor
     before_last_position_GK: torch.Tensor
+    part: Part | None = None
+    """What of the row lies on this context rank; None without context parallelism. The arrays are the whole row's."""
     reference: ReferenceTokens | None = None
     """Given to a model with an output layer, it also answers with the token KL. Read on the last stage only."""

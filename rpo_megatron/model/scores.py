@@ -22,7 +22,8 @@ class Scores:
     value_GK: torch.Tensor | None = None
     """fp32. The value head's number for each response; finite but meaningless where there is no response."""
     hidden_NH: torch.Tensor | None = None
-    """In the model's precision, detached. Hidden states at the scored positions, for ReferenceTokens."""
+    """In the model's precision, detached. Hidden states at the scored positions (of this context rank's part of the
+    row), for ReferenceTokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,8 +214,9 @@ def num_parameters(shape: ModelShape) -> int:
     return embedding + shape.num_layers * layer + shape.hidden_size + head
 
 
-def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
-    """Raise UserError, with the nearest sizes that work, if the model cannot be split over tensor x pipeline ranks."""
+def check_layout(shape: ModelShape, *, tensor: int, pipeline: int, context: int = 1) -> None:
+    """Raise UserError, with the nearest sizes that work, if the model cannot be split over tensor x pipeline x context
+    ranks."""
     split = {
         "heads": shape.num_heads,
         "kv heads": shape.num_kv_heads,
@@ -223,6 +224,13 @@ def check_layout(shape: ModelShape, *, tensor: int, pipeline: int) -> None:
         "rows of the padded vocabulary": padded_vocab(shape),
     }
     _check_divides("parallel.tensor", tensor, split)
+    _check_divides("parallel.context", context, {"heads of a tensor rank": shape.num_heads // tensor})
+    kv_heads = shape.num_kv_heads // tensor
+    if kv_heads % context and context % kv_heads:
+        raise UserError(
+            f"parallel.context={context} and the {kv_heads} kv heads of a tensor rank: one must be a multiple of the "
+            f"other; take another parallel.context or parallel.tensor"
+        )
     if not 1 <= pipeline <= shape.num_layers:
         raise UserError(f"parallel.pipeline={pipeline} must be from 1 to the model's {shape.num_layers} layers")
 

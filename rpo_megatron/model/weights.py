@@ -60,7 +60,7 @@ def gather_hf(model: ScoringModel, groups: Groups) -> Iterator[tuple[str, torch.
     Every rank must run the iterator to its end; the others get empty tensors. Peak memory is one parameter.
     """
     mine = global_parameters(model)
-    stages = gather_objects((groups.rank, groups.pp.rank, groups.dp.rank, groups.tp.rank, sorted(mine)))
+    stages = gather_objects((groups.rank, groups.pp.rank, groups.replicas.rank, groups.tp.rank, sorted(mine)))
     for entry in entries(model.shape):
         owners = _owners(stages, entry)
         shard = mine[entry.name].detach().cpu() if groups.rank in owners else None
@@ -71,7 +71,7 @@ def gather_hf(model: ScoringModel, groups: Groups) -> Iterator[tuple[str, torch.
 
 def _owners(stages: list[tuple[int, int, int, int, list[str]]], entry: Entry) -> list[int]:
     """Global ranks that hold the parameter's shards, in TP order: first stage that has it, first replica."""
-    holding = [(pp, tp, rank) for rank, pp, dp, tp, names in stages if dp == 0 and entry.name in names]
+    holding = [(pp, tp, rank) for rank, pp, replica, tp, names in stages if replica == 0 and entry.name in names]
     first_stage = min(pp for pp, _, _ in holding)
     return [rank for pp, _, rank in sorted(holding) if pp == first_stage]
 

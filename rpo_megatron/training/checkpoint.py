@@ -89,7 +89,12 @@ def save(
         "format": FORMAT,
         **asdict(state),
         "model": asdict(model.shape),
-        "layout": {"tensor": groups.tp.size, "pipeline": groups.pp.size, "data": groups.dp.size},
+        "layout": {
+            "tensor": groups.tp.size,
+            "pipeline": groups.pp.size,
+            "context": groups.cp.size,
+            "data": groups.dp.size,
+        },
         "megatron_core": megatron_version,
         "has_optimizer": optimizer is not None,
         "files": checksums,
@@ -170,7 +175,7 @@ def step_directory(run_dir: str, step: int) -> Path:
 
 
 def _metadata(groups: Groups) -> dict[str, Any]:
-    return {"distrib_optim_sharding_type": SHARDING, "dp_cp_group": groups.dp.group}
+    return {"distrib_optim_sharding_type": SHARDING, "dp_cp_group": groups.replicas.group}
 
 
 def _sharded_state(model: ScoringModel, optimizer: Any, groups: Groups, *, is_loading: bool) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Evaluation:
         total: Stats = {}
         for first in range(0, self.num_groups, GROUPS_AT_A_TIME):
             rows = self.loader.sequential(first, min(GROUPS_AT_A_TIME, self.num_groups - first))
-            batches = self.fill_reference([to_device(row, self.groups.device) for row in rows])
+            batches = self.fill_reference([to_device(row, self.groups.device, cp=self.groups.cp) for row in rows])
             total = merge_stats(total, run_objective(model, batches, objective, train=False))
         return total
 

@@ -17,6 +17,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from rpo_megatron.data.microbatch import MicroBatch
+from rpo_megatron.distributed import Axis
+from rpo_megatron.model.context import part_of
 from rpo_megatron.model.logprobs import response_logps
 from rpo_megatron.model.row import Row, Segments
 from rpo_megatron.model.scores import ReferenceTokens, Scores
@@ -39,6 +41,8 @@ class Batch:
     rewards_GKM: torch.Tensor | None
     source_GK: torch.Tensor | None
     ref_logp_GK: torch.Tensor | None
+    counted: bool = True
+    """False on all context ranks but the first: they compute the same numbers of the same groups."""
 
     def responses(self, scores: Scores) -> Responses:
         """What the objective sees of the model's answer."""
@@ -60,13 +64,19 @@ class Batch:
         return None if token_N is None else response_logps(token_N, self.length_GK).float()
 
 
-def to_device(microbatch: MicroBatch, device: torch.device) -> Batch:
+def to_device(microbatch: MicroBatch, device: torch.device, *, cp: Axis | None = None) -> Batch:
+    """`cp` is the context axis; None stands for one of size 1."""
+
     def tensor(array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     def optional(array: Any) -> torch.Tensor | None:
         return None if array is None else tensor(array)
 
+    part = None
+    if cp is not None and cp.size > 1:
+        num_tokens = microbatch.tokens_T.size
+        part = part_of(microbatch.scored_position_N, num_tokens=num_tokens, cp=cp, device=device)
     return Batch(
         row=Row(
             tokens_1T=tensor(microbatch.tokens_T)[None],
@@ -76,7 +86,9 @@ def to_device(microbatch: MicroBatch, device: torch.device) -> Batch:
             scored_label_N=tensor(microbatch.scored_label_N),
             last_position_GK=tensor(microbatch.last_position_GK),
             before_last_position_GK=tensor(microbatch.before_last_position_GK),
+            part=part,
         ),
+        counted=cp is None or cp.first,
         length_GK=tensor(microbatch.length_GK),
         valid_GK=tensor(microbatch.valid_GK),
         draw_G=tensor(microbatch.draw_G),
@@ -158,7 +170,7 @@ def _loss(batch: Batch, objective: Objective, scores: Scores) -> tuple[torch.Ten
     losses_G, stats = objective(batch.responses(scores))
     count = batch.valid_GK.any(dim=1).sum(dtype=torch.int)
     total = losses_G.sum()
-    return total.float(), count, {"loss": (total.detach(), count), **stats}
+    return total.float(), count * batch.counted, {"loss": (total.detach(), count), **stats}
 
 
 def _evaluation(batch: Batch, objective: Objective, scores: Scores) -> tuple[torch.Tensor, torch.Tensor, Stats]:

@@ -48,11 +48,12 @@ def _start(plan: Plan, resume_from: Path | None) -> str:
 
 
 def _layout(plan: Plan, groups: Groups) -> str:
+    context = f" x context {groups.cp.size}" * (groups.cp.size > 1)
     sequence = ", sequence parallel" if plan.config.parallel.sequence else ""
     device = "CPU (gloo)" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name(groups.device)} (nccl)"
     return (
         f"{groups.world} process{'es' * (groups.world > 1)} = tensor {groups.tp.size} x pipeline {groups.pp.size} "
-        f"({describe.stages(plan)}) x data {groups.dp.size}{sequence}; {device}"
+        f"({describe.stages(plan)}){context} x data {groups.dp.size}{sequence}; {device}"
     )
 
 

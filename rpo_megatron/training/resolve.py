@@ -107,8 +107,10 @@ class Plan:
 
     @property
     def row_multiple(self) -> int:
-        """Row lengths are multiples of this: sequence parallelism splits a row evenly over the tensor ranks."""
-        return self.config.parallel.tensor if self.config.parallel.sequence else 1
+        """Row lengths are multiples of this: context parallelism splits a row evenly over its ranks, and sequence
+        parallelism each part over the tensor ranks."""
+        parallel = self.config.parallel
+        return parallel.context * (parallel.tensor if parallel.sequence else 1)
 
     def reference_identity(self, store: Store) -> dict[str, str]:
         """What the log-probabilities of a stored reference depend on. No layout: they are valid under any."""
@@ -148,7 +150,7 @@ class Plan:
 
     def _check_layout(self, shape: ModelShape) -> None:
         parallel = self.config.parallel
-        check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline)
+        check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
 
     def _open(self, prefix: str) -> Store:
         store = Store.open(prefix)
@@ -224,6 +226,7 @@ def _check_numbers(config: RunConfig) -> None:
     at_least_one = {
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
+        "parallel.context": config.parallel.context,
         "parallel.timeout_minutes": config.parallel.timeout_minutes,
         "optimizer.eps": config.optimizer.eps,
         "train.steps": config.train.steps,

@@ -187,7 +187,7 @@ def _scored_blocks(plan: Plan, store: Store, scorer: Scorer, groups: Groups) -> 
         counts = store.num_responses_D[first : first + count]
         offsets = np.concatenate(([0], np.cumsum(counts)))
         rows = loader.sequential(first, count)
-        batches = scorer.fill_reference([to_device(row, groups.device) for row in rows])
+        batches = scorer.fill_reference([to_device(row, groups.device, cp=groups.cp) for row in rows])
         numbers = run_responses(scorer.model, batches, scorer.function)
         block = torch.zeros(int(offsets[-1]), dtype=torch.float64, device=groups.device)
         if groups.speaks_for_data:

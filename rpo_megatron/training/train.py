@@ -66,7 +66,7 @@ def train_loop(run: Run) -> None:
     for step in range(run.first_step, last_step):
         _evaluate_if_due(run, step)
         rows = run.loader.step(step)
-        batches = run.reference([to_device(row, run.groups.device) for row in rows])
+        batches = run.reference([to_device(row, run.groups.device, cp=run.groups.cp) for row in rows])
         lr = learning_rate(config.optimizer, step, num_steps)
         result = train_step(run.model, run.optimizer, batches, run.objective.at(step / num_steps), lr=lr)
         run.metrics.add(result.stats, tokens=sum(row.num_real_tokens for row in rows))

@@ -30,13 +30,16 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    context: int = 1
 
     def overrides(self) -> list[str]:
-        sequence = str(self.sequence).lower()
-        return [f"parallel.tensor={self.tensor}", f"parallel.pipeline={self.pipeline}", f"parallel.sequence={sequence}"]
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context}
+        sequence = f"parallel.sequence={str(self.sequence).lower()}"
+        return [*(f"parallel.{name}={size}" for name, size in sizes.items()), sequence]
 
     def __str__(self) -> str:
-        return f"tp{self.tensor}pp{self.pipeline}{'sp' if self.sequence else ''}"
+        context = f"cp{self.context}" if self.context > 1 else ""
+        return f"tp{self.tensor}pp{self.pipeline}{context}{'sp' if self.sequence else ''}"
 
 
 ONE = Layout()
@@ -68,7 +71,7 @@ def _outcome(config: RunConfig) -> Outcome:
     optimizer = build_optimizer(config.optimizer, model, config.precision)
     _reduce_whole_gradients(policy)
     rows = make_loader(plan, plan.train_store, groups).step(0)
-    batches = build_reference(plan, groups)([to_device(row, groups.device) for row in rows])
+    batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
     logps = _by_group(rows, run_responses(model, batches, _number), groups)
     model.zero_grad_buffer()
     stats = run_objective(model, batches, objectives.build(config.objective), train=True)
@@ -129,7 +132,7 @@ def _score_block(config: RunConfig, count: int) -> Scored:
     policy = build_policy(plan, groups, shape=plan.shape)
     load_start(policy, plan, groups)
     rows = make_loader(plan, plan.with_reference(plan.train_store), groups).sequential(0, count)
-    batches = build_reference(plan, groups)([to_device(row, groups.device) for row in rows])
+    batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
     logps = run_logps(policy, batches)
     largest = [
         float((logp_GK - batch.ref_logp_GK)[batch.valid_GK].abs().max())

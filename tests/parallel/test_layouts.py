@@ -13,7 +13,8 @@ from tests.parallel.jobs import ONE, Layout, Outcome
 
 TP, SP, PP = Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)
 BOTH, BOTH_SP = Layout(tensor=2, pipeline=2), Layout(tensor=2, pipeline=2, sequence=True)
-LAYOUTS = [ONE, TP, SP, PP, Layout(pipeline=4), BOTH, BOTH_SP]
+CP, CP_SP, CP_PP = Layout(context=2), Layout(tensor=2, context=2, sequence=True), Layout(pipeline=2, context=2)
+LAYOUTS = [ONE, TP, SP, PP, Layout(pipeline=4), BOTH, BOTH_SP, CP, CP_SP, CP_PP, Layout(context=4)]
 """On four processes; what the model does not use is data parallelism: ONE is 4 replicas, TP is 2 x 2, ..."""
 
 MODELS: dict[str, dict[str, Any]] = {
