@@ -218,6 +218,33 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix multiplications of the layers in FP8, on top of precision=bf16, through Transformer Engine. Attention,
+    norms and the output layer stay in bf16, log-probabilities in fp32."""
+
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """How numbers are scaled into FP8's range: one scale per tensor from the values of past steps (`delayed`) or its
+    own (`tensorwise`), one per block of 128 (`blockwise`, Hopper), one per 32 numbers (`mxfp8`, Blackwell)."""
+    bf16_layers: int = 0
+    """The first and the last so many layers stay in bf16; not with recipe=delayed."""
+    reference_weights: bool = False
+    """Keep the weights of a resident reference in FP8 as well: half the memory of bf16. Its log-probabilities are
+    those that FP8 computes anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation does the work, where there are several. The run header prints what was chosen."""
+
+    attention: Literal["auto", "sdpa", "merged"] = "auto"
+    """`sdpa`: torch's attention for each segment of a row; `merged`: two flash-attention passes over prompts and
+    responses, without copies (CPU). auto: merged on a CPU, else sdpa."""
+    layers: Literal["auto", "megatron", "transformer_engine"] = "auto"
+    """Linear layers and norms: megatron's own, or Transformer Engine's, which fuse the two and know FP8. auto:
+    Transformer Engine's with FP8, else megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """`rpo train`, `rpo score`, `rpo eval` and `rpo config` read this."""
 
@@ -235,8 +262,13 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations. Gradients, master weights, log-probabilities and objectives are fp32."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, the feed-forward part of every layer, or whole
+    layers, of which then only the inputs are kept. Memory for time (`full`: a third more); the results are the same."""
     seed: int = 1234
     """Seed of the data order, of random pairs and of random weights."""
 

@@ -11,22 +11,32 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from rpo_megatron.config import Fp8Config, KernelsConfig
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model import compat
-from rpo_megatron.model.attention import AttentionName, choose_attention
+from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.context import sum_over_parts, whole_tokens
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.logprobs import scored_hidden, token_logprobs
+from rpo_megatron.model.precision import check_hardware, check_transformer_engine, megatron_fields
 from rpo_megatron.model.rotary import Rotary
 from rpo_megatron.model.row import Row
 from rpo_megatron.model.scores import Scores
 from rpo_megatron.model.shape import ModelShape, padded_vocab, stage_layers
+from rpo_megatron.model.te_layers import te_block_spec
 from rpo_megatron.model.token_kl import token_kl
 from rpo_megatron.model.vocab import VocabShard
 
 Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "mlp", "full"]
+RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,12 +49,12 @@ class ScoringModel(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, groups: Groups, *, attention: AttentionName
+        self, config: TransformerConfig, shape: ModelShape, groups: Groups, *, layers: TransformerBlockSubmodules
     ) -> None:
         is_lm = shape.head == "lm"
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, attention=attention, cp=groups.cp),
+            transformer_layer_spec=layers,
             vocab_size=padded_vocab(shape),
             max_sequence_length=shape.max_positions,
             pre_process=groups.pp.first,
@@ -126,12 +136,23 @@ def build(
     precision: Precision,
     sequence_parallel: bool,
     groups: Groups,
-    attention: AttentionName = "auto",
+    recompute: Recompute = "none",
+    kernels: KernelsConfig | None = None,
+    fp8: Fp8Config | None = None,
+    fp8_weights: bool = False,
 ) -> ScoringModel:
-    """This rank's part of the model, with weights not yet set."""
-    config = transformer_config(shape, precision=precision, sequence_parallel=sequence_parallel, groups=groups)
-    chosen = choose_attention(attention, groups.device)
-    model = ScoringModel(config, shape, groups, attention=chosen).to(groups.device)
+    """This rank's part of the model, with weights not yet set. `fp8_weights` is for a model that is never updated."""
+    fp8, kernels = fp8 or Fp8Config(), kernels or KernelsConfig()
+    config = transformer_config(
+        shape,
+        precision=precision,
+        sequence_parallel=sequence_parallel,
+        groups=groups,
+        **RECOMPUTE[recompute],
+        **megatron_fields(fp8, fp8_weights=fp8_weights),
+    )
+    layers = _layers(config, kernels, fp8, groups)
+    model = ScoringModel(config, shape, groups, layers=layers).to(groups.device)
     compat.mark_sharded_weights(model)
     return model
 
@@ -142,13 +163,33 @@ def wrap(model: ScoringModel) -> DistributedDataParallel:
     return DistributedDataParallel(model.config, ddp, model)
 
 
+def choose_layers(kernels: KernelsConfig, fp8: Fp8Config) -> Literal["megatron", "transformer_engine"]:
+    """`auto` is Transformer Engine's where FP8 needs them."""
+    if kernels.layers != "auto":
+        return kernels.layers
+    return "megatron" if fp8.recipe == "none" else "transformer_engine"
+
+
+def _layers(
+    config: TransformerConfig, kernels: KernelsConfig, fp8: Fp8Config, groups: Groups
+) -> TransformerBlockSubmodules:
+    attention = choose_attention(kernels.attention, groups.device)
+    if choose_layers(kernels, fp8) == "megatron":
+        return block_spec(config, attention=attention, cp=groups.cp)
+    check_transformer_engine("kernels.layers=transformer_engine")
+    check_hardware(fp8)
+    return te_block_spec(config, attention=attention, cp=groups.cp)
+
+
 def transformer_config(
-    shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups
+    shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups, **fields: Any
 ) -> TransformerConfig:
+    """`fields` are further ones of megatron's."""
     dtype = DTYPES[precision]
     return TransformerConfig(
         **_architecture(shape),
         **_uneven_stages(stage_layers(shape, groups.pp.size)),
+        **fields,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

@@ -12,6 +12,7 @@ from rpo_megatron.model.build import ScoringModel
 from rpo_megatron.model.hf import SCORE, Entry, check_accounted, entries, load_shards, merge
 from rpo_megatron.model.hf_io import HFReader
 from rpo_megatron.model.shape import Head, ModelShape
+from rpo_megatron.model.te_layers import canonical_name
 
 
 def load_hf(model: ScoringModel, directory: str, groups: Groups, *, head: Head) -> None:
@@ -48,7 +49,7 @@ def global_parameters(model: ScoringModel) -> dict[str, torch.nn.Parameter]:
     named: dict[str, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
-            _, _, local, rest = name.split(".", 3)
+            _, _, local, rest = canonical_name(name).split(".", 3)
             name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
         named[name] = parameter
     return named

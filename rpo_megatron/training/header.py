@@ -7,6 +7,8 @@ from megatron.core import __version__ as megatron_version
 
 from rpo_megatron import __version__
 from rpo_megatron.distributed import Groups
+from rpo_megatron.model.attention import choose_attention
+from rpo_megatron.model.build import choose_layers
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.training import describe
 from rpo_megatron.training.resolve import Plan
@@ -25,7 +27,8 @@ def text(plan: Plan, groups: Groups, *, resume_from: Path | None) -> str:
         "model": describe.model(plan),
         "start": _start(plan, resume_from),
         "layout": _layout(plan, groups),
-        "precision": f"{config.precision} weights; fp32 gradients, master weights and scores; fp64 objective",
+        "precision": f"{plan.precision} layers; fp32 gradients, master weights and scores; fp64 objective",
+        "kernels": _kernels(plan, groups),
         "objective": describe.objective(plan),
         "rewards": describe.rewards(plan),
         "reference": describe.reference(plan),
@@ -54,6 +57,16 @@ def _layout(plan: Plan, groups: Groups) -> str:
     return (
         f"{groups.world} process{'es' * (groups.world > 1)} = tensor {groups.tp.size} x pipeline {groups.pp.size} "
         f"({describe.stages(plan)}){context} x data {groups.dp.size}{sequence}; {device}"
+    )
+
+
+def _kernels(plan: Plan, groups: Groups) -> str:
+    config = plan.config
+    layers = choose_layers(config.kernels, config.fp8).replace("_", " ")
+    again = {"none": "nothing", "mlp": "feed-forward layers", "full": "whole layers"}[config.recompute]
+    return (
+        f"{choose_attention(config.kernels.attention, groups.device)} attention, {layers} layers, output layer in "
+        f"tiles without logits; {again} computed again in backward"
     )
 
 

@@ -25,7 +25,15 @@ class Weights:
 def build_policy(plan: Plan, groups: Groups, *, shape: ModelShape) -> ScoringModel:
     """The model with its weights not yet set."""
     config = plan.config
-    return build(shape, precision=config.precision, sequence_parallel=config.parallel.sequence, groups=groups)
+    return build(
+        shape,
+        precision=config.precision,
+        sequence_parallel=config.parallel.sequence,
+        groups=groups,
+        recompute=config.recompute,
+        kernels=config.kernels,
+        fp8=config.fp8,
+    )
 
 
 def load_start(model: ScoringModel, plan: Plan, groups: Groups) -> None:

@@ -37,6 +37,9 @@ def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
         precision=config.precision,
         sequence_parallel=config.parallel.sequence,
         groups=groups,
+        kernels=config.kernels,
+        fp8=config.fp8,
+        fp8_weights=config.fp8.reference_weights,
     )
     load_weights(model, plan.reference_source, groups)
     return model

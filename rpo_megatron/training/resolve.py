@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from rpo_megatron.config import RewardsConfig, RunConfig
+from rpo_megatron.config import Fp8Config, RewardsConfig, RunConfig
 from rpo_megatron.data.rewards import make_view
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.tokenizer import same_tokenizer, tokenizer_fingerprints
 from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.precision import row_alignment
 from rpo_megatron.model.shape import ModelShape, check_layout, read_shape
 from rpo_megatron.model.source import Source, find
 from rpo_megatron.objectives import catalogue
@@ -110,7 +111,13 @@ class Plan:
         """Row lengths are multiples of this: context parallelism splits a row evenly over its ranks, and sequence
         parallelism each part over the tensor ranks."""
         parallel = self.config.parallel
-        return parallel.context * (parallel.tensor if parallel.sequence else 1)
+        return parallel.context * (parallel.tensor if parallel.sequence else 1) * row_alignment(self.config.fp8)
+
+    @property
+    def precision(self) -> str:
+        """What decides the last digits of a log-probability besides the weights."""
+        recipe = self.config.fp8.recipe
+        return self.config.precision + (f" with fp8 {recipe}" if recipe != "none" else "")
 
     def reference_identity(self, store: Store) -> dict[str, str]:
         """What the log-probabilities of a stored reference depend on. No layout: they are valid under any."""
@@ -118,7 +125,7 @@ class Plan:
             "weights": self.reference_fingerprint,
             "tokenizer": _join(store.manifest.tokenizer.fingerprints),
             "template": store.manifest.template.fingerprint,
-            "precision": self.config.precision,
+            "precision": self.precision,
         }
 
     def with_reference(self, store: Store) -> Store:
@@ -193,7 +200,24 @@ def check_config(config: RunConfig) -> None:
         raise UserError("optimizer.min_lr is not used by optimizer.schedule=constant; remove it, or use cosine")
     if config.evaluation.every and config.data.valid is None:
         raise UserError("evaluation.every needs a held-out store: give data.valid, or set evaluation.every=0")
+    _check_fp8(config)
     _check_columns(config, reads=Plan(config=config).reads)
+
+
+def _check_fp8(config: RunConfig) -> None:
+    fp8 = config.fp8
+    if fp8.recipe == "none":
+        if fp8 != Fp8Config():
+            raise UserError("the section `fp8` is not used by fp8.recipe=none; remove it, or choose a recipe")
+        return
+    if config.precision != "bf16":
+        raise UserError(f"fp8.recipe={fp8.recipe} goes on top of precision=bf16, found precision={config.precision}")
+    if config.kernels.layers == "megatron":
+        raise UserError(f"fp8.recipe={fp8.recipe} needs kernels.layers=transformer_engine (or auto)")
+    if fp8.recipe == "delayed" and fp8.bf16_layers:
+        raise UserError("fp8.bf16_layers is not possible with fp8.recipe=delayed, whose scales all layers share")
+    if fp8.reference_weights and config.reference.mode != "resident":
+        raise UserError("fp8.reference_weights is not used by reference.mode=stored; remove it")
 
 
 def _check_columns(config: RunConfig, *, reads: frozenset[str]) -> None:
@@ -246,6 +270,7 @@ def _check_numbers(config: RunConfig) -> None:
         if not 0 <= beta < 1:
             raise UserError(f"{key} must be in [0, 1), found {beta}")
     not_negative = {
+        "fp8.bf16_layers": config.fp8.bf16_layers,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.min_lr": config.optimizer.min_lr,
         "optimizer.warmup_steps": config.optimizer.warmup_steps,

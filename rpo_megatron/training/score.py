@@ -146,7 +146,7 @@ def _identity(plan: Plan, weights: Weights, *, compares: bool) -> dict[str, str]
         "what": plan.config.score.what,
         "weights": weights.source.fingerprint(),
         **({"reference": plan.reference_fingerprint} if compares else {}),
-        "precision": plan.config.precision,
+        "precision": plan.precision,
         "method": plan.config.objective.method,
         **{f"objective.{name}": str(value) for name, value in plan.knobs.items()},
     }

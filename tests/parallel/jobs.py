@@ -81,6 +81,28 @@ def _outcome(config: RunConfig) -> Outcome:
     return Outcome(means=means, grad_norm=float(grad_norm), logps=logps, gradients=gradients)
 
 
+def kept_for_backward(data: str, overrides: list[str]) -> int:
+    """How many numbers (of tensors that are not weights) one micro-batch leaves for its backward pass."""
+    config = run_config(Path(data), *overrides)
+    groups = start(config.parallel)
+    plan = resolve(config)
+    policy = build_policy(plan, groups, shape=plan.shape)
+    load_start(policy, plan, groups)
+    row = make_loader(plan, plan.train_store, groups).step(0)[0]
+    weights = {parameter.data_ptr() for parameter in policy.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(to_device(row, groups.device).row)
+    return sum(kept.values())
+
+
 def _number(responses: Responses) -> torch.Tensor:
     return responses.logp_GK if responses.value_GK is None else responses.value_GK
 

@@ -115,6 +115,31 @@ def test_other_heads(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parallel
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_recomputing_changes_nothing(tmp_path: Path, recompute: str) -> None:
+    """Catches activations that are computed again from other inputs, with other borders in the row, or not at all:
+    equal to the last bit, beside the same layout that keeps everything."""
+    directory = directory_with(tmp_path, "llama")
+    overrides = [REFERENCE.format(directory=directory), "optimizer.clip_norm=0"]
+    layouts = [TP, BOTH_SP, CP]
+    cases = [(layout, [*overrides, f"recompute={how}"]) for layout in layouts for how in ("none", recompute)]
+    outcomes = on_four(tmp_path, directory, cases)
+    for kept, again in zip(outcomes[::2], outcomes[1::2], strict=True):
+        assert again.means == kept.means
+        assert again.grad_norm == kept.grad_norm
+        assert all(gradient.equal(kept.gradients[name]) for name, gradient in again.gradients.items())
+
+
+def test_recomputing_keeps_less(tmp_path: Path) -> None:
+    """Catches a setting that reaches megatron and changes nothing: numbers kept for backward by one micro-batch."""
+    directory = directory_with(tmp_path, "llama")
+    kept = [jobs.kept_for_backward(str(directory), [f"recompute={how}"]) for how in ("none", "mlp", "full")]
+    stop()
+    assert kept[1] < 0.8 * kept[0]
+    assert kept[2] < 0.3 * kept[0]
+
+
+@pytest.mark.parallel
 def test_known_constants_while_policy_is_reference(tmp_path: Path) -> None:
     """Catches a reference that takes another path through the kernels than the policy: log-ratios that are rounding
     noise instead of zero order the responses at random."""
