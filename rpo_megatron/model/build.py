@@ -18,6 +18,7 @@ from rpo_megatron.distributed import Groups
 from rpo_megatron.model import compat
 from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.context import sum_over_parts, whole_tokens
+from rpo_megatron.model.entropy import token_entropy
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.logprobs import scored_hidden, token_logprobs
@@ -80,9 +81,9 @@ class ScoringModel(GPTModel):
         weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return VocabShard(weight_VH=weight_VH, vocab_size=self.shape.vocab_size, tp=self.tp)
 
-    def forward(self, row: Row, *, keep_hidden: bool = False) -> torch.Tensor | Scores:
-        """`keep_hidden` adds the hidden states at the scored positions to the Scores of a model with an output
-        layer."""
+    def forward(self, row: Row, *, keep_hidden: bool = False, entropy: bool = False) -> torch.Tensor | Scores:
+        """To the Scores of a model with an output layer, `keep_hidden` adds the hidden states at the scored positions,
+        and `entropy` the entropy there."""
         here = slice(None) if row.part is None else row.part.tokens
         hidden = self.embedding(input_ids=row.tokens_1T[:, here], position_ids=None) if self.pre_process else None
         hidden = self.decoder(
@@ -95,7 +96,7 @@ class ScoringModel(GPTModel):
             return hidden
         if self.shape.head == "value":
             return Scores(value_GK=self._values(hidden, row))
-        return self._token_scores(hidden, row, keep_hidden=keep_hidden)
+        return self._token_scores(hidden, row, keep_hidden=keep_hidden, entropy=entropy)
 
     def _values(self, hidden_T1H: torch.Tensor, row: Row) -> torch.Tensor:
         position_GK, part = pooled_position(row, self.shape.pad_token), row.part
@@ -105,18 +106,22 @@ class ScoringModel(GPTModel):
         value_GK = self.score(hidden_T1H, torch.where(here_GK, part.local(position_GK), 0))
         return sum_over_parts(torch.where(here_GK, value_GK, 0.0), self.cp)
 
-    def _token_scores(self, hidden_T1H: torch.Tensor, row: Row, *, keep_hidden: bool) -> Scores:
+    def _token_scores(self, hidden_T1H: torch.Tensor, row: Row, *, keep_hidden: bool, entropy: bool) -> Scores:
         position_N, label_N, part = row.scored_position_N, row.scored_label_N, row.part
         if part is not None:
             position_N, label_N = part.local(position_N[part.scored_M]), label_N[part.scored_M]
         hidden_NH = scored_hidden(hidden_T1H, position_N, tp=self.tp, sequence_parallel=self.config.sequence_parallel)
         shard = self.vocab_shard
-        logp_N = token_logprobs(hidden_NH, shard, label_N)
-        token_kl_N = None if row.reference is None else token_kl(hidden_NH, shard, row.reference)
-        if part is not None:
-            logp_N = whole_tokens(logp_N, part, self.cp)
-            token_kl_N = None if token_kl_N is None else whole_tokens(token_kl_N, part, self.cp)
-        return Scores(logp_N=logp_N, token_kl_N=token_kl_N, hidden_NH=hidden_NH.detach() if keep_hidden else None)
+
+        def whole(number_M: torch.Tensor) -> torch.Tensor:
+            return number_M if part is None else whole_tokens(number_M, part, self.cp)
+
+        return Scores(
+            logp_N=whole(token_logprobs(hidden_NH, shard, label_N)),
+            token_kl_N=None if row.reference is None else whole(token_kl(hidden_NH, shard, row.reference)),
+            entropy_N=whole(token_entropy(hidden_NH, shard)) if entropy else None,
+            hidden_NH=hidden_NH.detach() if keep_hidden else None,
+        )
 
     def sharded_state_dict(
         self,

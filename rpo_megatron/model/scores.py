@@ -19,6 +19,8 @@ class Scores:
     """fp32. Log-probability of each scored token."""
     token_kl_N: torch.Tensor | None = None
     """fp32, nats. KL(pi_ref(.|s) || pi(.|s)) over the whole vocabulary at each scored position."""
+    entropy_N: torch.Tensor | None = None
+    """fp32, nats. Entropy of the next-token distribution at each scored position; without gradient."""
     value_GK: torch.Tensor | None = None
     """fp32. The value head's number for each response; finite but meaningless where there is no response."""
     hidden_NH: torch.Tensor | None = None

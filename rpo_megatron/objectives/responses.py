@@ -30,6 +30,8 @@ class Responses:
     token_kl_GK: torch.Tensor | None = None
     """Sum over a response's tokens of KL(pi_ref(.|s_t) || pi(.|s_t)) over the whole vocabulary, in nats; carries the
     gradient."""
+    entropy_GK: torch.Tensor | None = None
+    """Sum over a response's tokens of the entropy of pi(.|s_t), in nats; on held-out data only."""
     reward_GK: torch.Tensor | None = None
     """Explicit reward r*(x, y): the mean over the chosen reward columns (config section `rewards`)."""
     rewards_GKM: torch.Tensor | None = None

@@ -41,14 +41,16 @@ def collect(batch: Responses, *, implicit_GK: torch.Tensor | None) -> Stats:
     kl           mean over responses of log pi_ref - log pi, in nats: an estimate of KL(pi_ref || pi) if the responses
                  were sampled from the reference, and merely a drift of the log-probabilities if they were not
     token_kl     mean over responses of the mean over their tokens of KL(pi_ref || pi), in nats per token
+    entropy      the same of the policy's entropy: near 0 it answers alike, whatever it is asked
     _implicit_implicit, _implicit_length, _length_length
                  second moments of implicit reward and length around the means of their groups
     """
     stats: Stats = {}
     if batch.ref_logp_GK is not None and batch.logp_GK is not None:
         stats["kl"] = mean(batch.ref_logp_GK - batch.logp_GK, batch.valid_GK)
-    if batch.token_kl_GK is not None:
-        stats["token_kl"] = mean(batch.token_kl_GK.double() / batch.length_GK.clamp(min=1), batch.valid_GK)
+    for name, sum_GK in (("token_kl", batch.token_kl_GK), ("entropy", batch.entropy_GK)):
+        if sum_GK is not None:
+            stats[name] = mean(sum_GK.double() / batch.length_GK.clamp(min=1), batch.valid_GK)
     if batch.reward_GK is not None:
         stats["ties"] = mean((~worse(batch).any(dim=1)).double(), batch.valid_GK.any(dim=1))
         if batch.logp_GK is not None:

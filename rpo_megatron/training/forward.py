@@ -54,6 +54,7 @@ class Batch:
             value_GK=scores.value_GK,
             ref_logp_GK=self.ref_logp_GK,
             token_kl_GK=self._per_response(scores.token_kl_N),
+            entropy_GK=self._per_response(scores.entropy_N),
             reward_GK=self.reward_GK,
             rewards_GKM=self.rewards_GKM,
             source_GK=self.source_GK,
@@ -110,7 +111,7 @@ def run_objective(model: Any, batches: list[Batch], objective: Objective, *, tra
 
     def forward_step(rows: Iterator[Batch], stage: Any, *_: Any) -> tuple[Any, Any]:
         batch = next(rows)
-        return stage(batch.row), partial(answer, batch, objective)
+        return stage(batch.row, entropy=not train), partial(answer, batch, objective)
 
     with torch.set_grad_enabled(train):
         collected = _schedule(model, batches, forward_step, forward_only=not train)

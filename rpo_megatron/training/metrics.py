@@ -31,6 +31,7 @@ COLUMNS = (  # name, label, format
     ("logp_rest_change", "rest change", "+z.2f"),
     ("kl", "kl", "+z.4f"),
     ("token_kl", "token kl", "z.4f"),
+    ("entropy", "entropy", ".3f"),
     ("length_correlation", "length corr", "+z.3f"),
     ("best_of_n", "best of n", ".4f"),
     ("kendall_tau", "tau", "+z.3f"),
@@ -52,6 +53,7 @@ MEANINGS = {
     "reward_max": "reward of the best response",
     "brier": "mean squared error of its preference probabilities (knows nothing 0.25)",
     "calibration_error": "mean distance between its confidence and its accuracy",
+    "entropy": "of its next-token distribution, nats per token",
     "length_correlation": "of what it thinks responses are worth with their lengths, within a group",
 }
 """The table of `rpo eval`, in order: the same for the implicit reward of a policy and for a reward model."""
