@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARITY_STAMP := $(VENV)/.installed-parity
+BENCH_VENV ?= .venv-bench
+PEERS_STAMP := $(VENV)/.installed-peers
+BENCH_RESULTS ?= bench-results
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
@@ -20,12 +23,15 @@ else ifneq ($(wildcard $(STAMP)),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-parity readme checks lint types format clean
+.PHONY: help setup quickstart test test-parity bench bench-full bench-env peers readme checks lint types format clean
 
 help:
 	@echo 'make quickstart [MODEL=dir DATA=file SHORT=1]   preference data -> trained policy -> report, on this machine'
 	@echo 'make test [ARGS="-k name"]                      all tests that can run on this machine'
 	@echo 'make test-parity [ARGS="-k name"]               install TRL and compare our losses with its own'
+	@echo 'make bench                                      all benchmarks, short; table and plots of README.md'
+	@echo 'make bench-full                                 the same, long (hours)'
+	@echo 'make bench-env                                  only make or update the environment of the benchmarks'
 	@echo 'make checks                                     lint + types'
 	@echo 'make lint                                       ruff: rules and formatting'
 	@echo 'make types                                      mypy'
@@ -55,6 +61,15 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy rpo_megatron
 
+bench bench-full: bench-env
+	$(BENCH_VENV)/bin/python -m tools.bench.suite $(if $(filter bench,$@),--short) --results '$(BENCH_RESULTS)'
+
+# What is measured beside ours gets an environment of its own.
+bench-env:
+	@$(MAKE) --no-print-directory peers VENV='$(BENCH_VENV)'
+
+peers: $(PEERS_STAMP)
+
 readme: $(STAMP)
 	$(BIN)/python tools/update_readme.py
 
@@ -81,11 +96,16 @@ $(STAMP): setup.py $(wildcard tools/env/constraints-*.txt)
 	@$(PIP) --constraint $(constraints) --editable '.[dev]'
 	@touch $@
 
+$(PEERS_STAMP): $(STAMP)
+	@echo 'installing what the benchmarks compare with'
+	@$(PIP) --constraint $(constraints) --editable '.[bench,fast]'
+	@touch $@
+
 $(PARITY_STAMP): $(STAMP)
 	@echo 'installing TRL'
 	@$(PIP) --constraint $(constraints) --editable '.[parity]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_RESULTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

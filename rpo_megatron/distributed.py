@@ -47,8 +47,12 @@ class Groups:
     pp: Axis
     cp: Axis
     dp: Axis
+    ep: Axis
+    """The processes that share out the experts of a layer: some of a pipeline stage's."""
+    etp: Axis
+    """The processes over which each expert's weights are split."""
     replicas: Axis
-    """The processes that hold the same weights: data x context."""
+    """The processes that hold the same weights (other than of experts): data x context."""
     device: torch.device
 
     @property
@@ -83,7 +87,14 @@ def start(parallel: ParallelConfig) -> Groups:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        # Where experts are shared out at all they stay whole: splitting them as well only makes small matrices smaller.
+        expert_tensor_parallel_size=parallel.tensor if parallel.expert == 1 else 1,
+    )
     # Nothing in a step draws random numbers (no dropout); megatron's layers still ask for the tracker to exist.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     return Groups(
@@ -93,6 +104,8 @@ def start(parallel: ParallelConfig) -> Groups:
         tp=_axis(parallel_state.get_tensor_model_parallel_group()),
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
         cp=_axis(parallel_state.get_context_parallel_group()),
+        ep=_axis(parallel_state.get_expert_model_parallel_group()),
+        etp=_axis(parallel_state.get_expert_tensor_parallel_group()),
         dp=_axis(parallel_state.get_data_parallel_group()),
         replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
@@ -116,6 +129,12 @@ def check_world(parallel: ParallelConfig, world: int) -> None:
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} needs a multiple of "
             f"{model_ranks} processes, got {world}; launch with torchrun --nproc-per-node {model_ranks} "
             f"(or another multiple), or change the layout"
+        )
+    stage = world // parallel.pipeline
+    if stage % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide the {stage} processes of a pipeline stage (tensor x "
+            f"context x data); change the layout, or the number of processes"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rpo_megatron import __version__, cli, config
+from rpo_megatron import __version__, cli, config_verbs
 from rpo_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,13 +66,13 @@ def test_file_and_overrides(tmp_path: Path, ran: list[Any]) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("load: a\nsave: b\ntensor: 2\n")
     assert cli.main(["export", "tensor=4", str(file), "pipeline=2"]) == 0
-    assert ran == [config.ExportConfig(load="a", save="b", tensor=4, pipeline=2)]
+    assert ran == [config_verbs.ExportConfig(load="a", save="b", tensor=4, pipeline=2)]
 
 
 def test_a_bare_word_is_the_main_argument(ran: list[Any]) -> None:
     """`rpo inspect data/train` must not need `prefix=`."""
     assert cli.main(["inspect", "data/train", "examples=1"]) == 0
-    assert ran == [config.InspectConfig(prefix="data/train", examples=1)]
+    assert ran == [config_verbs.InspectConfig(prefix="data/train", examples=1)]
 
 
 @pytest.mark.parametrize("option", [["--with", "value"], ["--with=value"], ["score.what=value"]])
@@ -198,11 +198,11 @@ def door(name: str) -> ModuleType:
     [
         (
             "--loader hf --saver mcore --load-dir a --save-dir b --target-tensor-parallel-size 2",
-            config.ImportConfig(load="a", save="b", tensor=2),
+            config_verbs.ImportConfig(load="a", save="b", tensor=2),
         ),
         (
             "--loader=mcore --saver=hf --load-dir=a --save-dir=b --max-shard-gb 0.5 --target-pipeline-parallel-size 3",
-            config.ExportConfig(load="a", save="b", max_shard_gb=0.5, pipeline=3),
+            config_verbs.ExportConfig(load="a", save="b", max_shard_gb=0.5, pipeline=3),
         ),
     ],
 )

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.config import ExportConfig, PrepareConfig, RunConfig
+from rpo_megatron.config import RunConfig
 from rpo_megatron.config_io import dump, load, write
+from rpo_megatron.config_verbs import ExportConfig, PrepareConfig
 from rpo_megatron.errors import UserError
 
 MINIMAL = """

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from rpo_megatron.config import ColumnsConfig, RunConfig
+from rpo_megatron.config import RunConfig
 from rpo_megatron.config_io import load
+from rpo_megatron.config_verbs import ColumnsConfig
 from rpo_megatron.data.layouts import parse_row
 from rpo_megatron.data.tokenizer import Tokenizer
 from rpo_megatron.model.shape import check_layout, read_shape

@@ -12,8 +12,8 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.config_io import load
 from rpo_megatron.data.manifest import TokenizerInfo
 from rpo_megatron.data.writer import StoreWriter
-from rpo_megatron.model.hf import entries
 from rpo_megatron.model.shape import read_shape
+from rpo_megatron.model.table import hf_tensors
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -35,18 +35,43 @@ LLAMA: dict[str, Any] = {
 }
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "hidden_act": ..., "tie_word_embeddings": True, "pad_token_id": 0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "mixtral": {"model_type": "mixtral", **EXPERTS},
+    "qwen2": QWEN2,
+    "qwen3": {**QWEN3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen3_moe": {
+        **{"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 16, "mlp_only_layers": [1], "norm_topk_prob": True},
+    },
+    "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "pad_token_id": 0},
+    "nemotron": {"model_type": "nemotron", "norm_eps": 1e-5, "hidden_act": "relu2", "head_dim": 8},
+    "gemma2": {
+        **{"model_type": "gemma2", "sliding_window": 7, **GEMMA},
+        **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    },
+    "gemma3_text": {
+        **{"model_type": "gemma3_text", "sliding_window": 7, "sliding_window_pattern": 2, **GEMMA},
+        **{"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    },
+}
+"""One model of each family, with what the family has beyond the others made to matter: a soft-cap or window that is
+never reached would hide a mistake. Keys of ... are left out."""
 
 
 def write_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face directory with random fp32 weights, large enough that attention and logits are far from flat."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    config = {key: value for key, value in {**LLAMA, **changes}.items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for entry in entries(read_shape(directory)):
-        for name, size in entry.sources.items():
-            noise = torch.randn(size, generator=generator)
-            tensors[name] = 1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise
+    for name, size in hf_tensors(read_shape(directory)).items():
+        noise = torch.randn(size, generator=generator)
+        tensors[name] = 1 + 0.1 * noise if name.endswith("norm.weight") else 0.15 * noise
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

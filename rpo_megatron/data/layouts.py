@@ -13,10 +13,11 @@ Everything else is mapped by ColumnsConfig; its `extra` are further numbers per 
 for chosen and 0 for rejected (as in NeMo-Aligner), which the manifest records as reward source `preference`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rpo_megatron.config import ColumnsConfig
+from rpo_megatron.config_verbs import ColumnsConfig
 from rpo_megatron.data.manifest import COLUMN_NAME, REWARD, RewardSource
 from rpo_megatron.errors import UserError, nearest
 
@@ -114,9 +115,13 @@ class _Row:
         """The value of a column, None when it is null. A column that was mapped must exist; others are None then."""
         tree = self._tree if tree is None else tree
         given = getattr(self._columns, role)
-        if given is None:
-            return next((tree[name] for name in DEFAULTS[role] if tree.get(name) is not None), None)
-        return self.dig(given, tree, role=role)
+        if given is not None:
+            return self.dig(given, tree, role=role)
+        for name in DEFAULTS[role]:
+            value = tree.get(name)
+            if value is not None:
+                return value
+        return None
 
     def dig(self, path: str, tree: dict[str, Any], *, role: str) -> Any:
         """The value at a dotted path, which must exist; `role` is the field of ColumnsConfig that names it."""
@@ -180,14 +185,15 @@ def _parse_list(row: _Row) -> RawGroup:
         if not isinstance(listed, list) or len(listed) != len(items):
             raise row.error(row.name("rewards"), f"expected {len(items)} rewards, one per response; found {listed!r}")
         rewards = listed
-    listed_name, key = row.name("rewards"), row.name("reward")
-    in_objects = listed is None
-    reward_columns = [f"{name}[{i}].{key}" if in_objects else f"{listed_name}[{i}]" for i in range(len(items))]
+
+    def reward_column(i: int) -> str:
+        return f"{name}[{i}].{row.name('reward')}" if listed is None else f"{row.name('rewards')}[{i}]"
+
     prompt = _prompt(row)
     if prompt is None and isinstance(texts[0], str):
         raise row.error(row.name("prompt"), "missing; name the prompt's column with columns.prompt")
     extra = row.extra_of_list(items, name=name)
-    rewards_K = _rewards(row, rewards, reward_columns)
+    rewards_K = _rewards(row, rewards, reward_column)
     return _group(row, prompt, texts, columns=[name] * len(texts), rewards=rewards_K, extra=extra)
 
 
@@ -198,7 +204,7 @@ def _parse_pair(row: _Row) -> RawGroup:
     roles = ["chosen_reward", "rejected_reward"]
     has_columns = any(map(row.has, roles))
     values = list(map(row.get, roles)) if has_columns else [1.0, 0.0]
-    rewards = _rewards(row, values, list(map(row.name, roles)))
+    rewards = _rewards(row, values, lambda i: row.name(roles[i]))
     source: RewardSource = "given" if has_columns else "preference"
     extra = row.extra_of_pair()
     prompt = _prompt(row)
@@ -329,13 +335,13 @@ def transcript_messages(prompt: str) -> Messages | None:
     return messages
 
 
-def _rewards(row: _Row, values: list[Any], columns: list[str]) -> list[float] | None:
-    """None when any is missing. Every one that is there must be a number that float32 holds."""
-    present = [(value, column) for value, column in zip(values, columns, strict=True) if value is not None]
-    for value, column in present:
-        if isinstance(value, bool) or not _is_finite(value):
-            raise row.error(column, f"expected a finite number, found {value!r:.80}")
-    return None if len(present) < len(values) else [float(value) for value in values]
+def _rewards(row: _Row, values: list[Any], column: Callable[[int], str]) -> list[float] | None:
+    """None when any is missing. Every one that is there must be a number that float32 holds; `column` names the one
+    that is not."""
+    for i, value in enumerate(values):
+        if value is not None and (isinstance(value, bool) or not _is_finite(value)):
+            raise row.error(column(i), f"expected a finite number, found {value!r:.80}")
+    return None if None in values else list(map(float, values))
 
 
 def _numbers(row: _Row, values: list[Any], columns: list[str]) -> list[float]:

@@ -4,7 +4,6 @@ Small whatever the size of the store (no list per group), written last: a store 
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import numpy as np
 
+from rpo_megatron.data.batch import starts
 from rpo_megatron.data.indexed import PARTIAL, FileInfo
 from rpo_megatron.errors import UserError
 
@@ -22,6 +22,7 @@ R = TypeVar("R")
 REWARD = "reward"
 """Name of the column that the main manifest describes; every other is a sidecar with a manifest of its own."""
 COLUMN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+POWERS = 1 << np.arange(62, dtype=np.int64)
 RewardSource = Literal["given", "preference"]
 """`given`: rewards of the data. `preference`: pair data without rewards, where chosen counts 1 and rejected 0."""
 
@@ -145,30 +146,36 @@ def read_record(cls: type[R], path: Path) -> R:
 
 @dataclass(kw_only=True)
 class Statistics:
-    """What a manifest counts, gathered group by group while a store is written."""
+    """What a manifest counts, gathered while a store is written. Shapes as in batch.py."""
 
     groups: int = 0
     responses: int = 0
     tokens: int = 0
     max_length: int = 0
-    responses_per_group: Counter[int] = field(default_factory=Counter)
-    prompt: Counter[int] = field(default_factory=Counter)
-    response: Counter[int] = field(default_factory=Counter)
-    total: Counter[int] = field(default_factory=Counter)
+    responses_per_group: dict[int, int] = field(default_factory=dict)
+    prompt: dict[int, int] = field(default_factory=dict)
+    response: dict[int, int] = field(default_factory=dict)
+    total: dict[int, int] = field(default_factory=dict)
     rewards: "RewardMoments" = field(default_factory=lambda: RewardMoments())
 
-    def add(self, prompt_length: int, response_lengths: list[int], reward_K: np.ndarray | None) -> None:
-        total = prompt_length + sum(response_lengths)
-        self.groups += 1
-        self.responses += len(response_lengths)
-        self.tokens += total
-        self.max_length = max(self.max_length, prompt_length + max(response_lengths))
-        self.responses_per_group[len(response_lengths)] += 1
-        self.prompt[bucket(prompt_length)] += 1
-        self.response.update(map(bucket, response_lengths))
-        self.total[bucket(total)] += 1
-        if reward_K is not None:
-            self.rewards.add(reward_K)
+    def add(self, length_S: np.ndarray, num_responses_G: np.ndarray, reward_R: np.ndarray | None) -> None:
+        """Count groups (at least one): the lengths of each one's prompt and responses, end to end."""
+        prompt_S = np.zeros(length_S.size, dtype=bool)
+        first_G = starts(num_responses_G + 1)
+        prompt_S[first_G] = True
+        prompt_G, response_R = length_S[first_G].astype(np.int64), length_S[~prompt_S].astype(np.int64)
+        first_response_G = starts(num_responses_G)
+        self.groups += num_responses_G.size
+        self.responses += response_R.size
+        self.tokens += int(length_S.sum())
+        longest_G = prompt_G + np.maximum.reduceat(response_R, first_response_G)
+        self.max_length = max(self.max_length, int(longest_G.max()))
+        _count(self.responses_per_group, num_responses_G)
+        _count(self.prompt, bucket(prompt_G))
+        _count(self.response, bucket(response_R))
+        _count(self.total, bucket(prompt_G + np.add.reduceat(response_R, first_response_G)))
+        if reward_R is not None:
+            self.rewards.add(reward_R, num_responses_G)
 
     def lengths(self) -> LengthHistogram:
         return LengthHistogram(prompt=_sorted(self.prompt), response=_sorted(self.response), total=_sorted(self.total))
@@ -190,16 +197,19 @@ class RewardMoments:
     max: float = float("-inf")
     all_equal: int = 0
 
-    def add(self, reward_K: np.ndarray) -> None:
-        values = reward_K.astype(np.float64)
+    def add(self, reward_R: np.ndarray, num_responses_G: np.ndarray) -> None:
+        """Count groups (at least one), the rewards of their responses end to end."""
+        first_G = starts(num_responses_G)
+        lowest_G, highest_G = np.minimum.reduceat(reward_R, first_G), np.maximum.reduceat(reward_R, first_G)
+        values = reward_R.astype(np.float64)
         delta = float(values.mean()) - self.mean
         count = self.count + values.size
         self.square += float(values.var()) * values.size + delta**2 * self.count * values.size / count
         self.mean += delta * values.size / count
         self.count = count
-        self.groups += 1
-        self.min, self.max = min(self.min, float(values.min())), max(self.max, float(values.max()))
-        self.all_equal += bool(values.min() == values.max())
+        self.groups += num_responses_G.size
+        self.min, self.max = min(self.min, float(lowest_G.min())), max(self.max, float(highest_G.max()))
+        self.all_equal += int((lowest_G == highest_G).sum())
 
     def statistics(self, source: RewardSource) -> RewardStatistics:
         std = (self.square / self.count) ** 0.5
@@ -207,10 +217,16 @@ class RewardMoments:
         return RewardStatistics(source=source, mean=self.mean, std=std, min=self.min, max=self.max, all_equal=all_equal)
 
 
-def bucket(length: int) -> int:
-    """The smallest power of two that is not below `length` (1 for 0)."""
-    return 1 << max(length - 1, 0).bit_length()
+def bucket(length: np.ndarray) -> np.ndarray:
+    """The smallest powers of two that are not below the lengths (1 for 0)."""
+    return 1 << np.searchsorted(POWERS, length).astype(np.int64)
 
 
-def _sorted(counts: Counter[int]) -> dict[int, int]:
+def _count(counts: dict[int, int], values: np.ndarray) -> None:
+    found, times = np.unique(values, return_counts=True)
+    for value, number in zip(found.tolist(), times.tolist(), strict=True):
+        counts[value] = counts.get(value, 0) + number
+
+
+def _sorted(counts: dict[int, int]) -> dict[int, int]:
     return dict(sorted(counts.items()))

@@ -1,91 +1,112 @@
-"""Which groups go into which row: from lengths alone, so that every rank computes the same packing and keeps its share.
+"""Which groups go into which row: planned for the global batch from lengths alone, so that every rank computes the same
+plan and keeps its share.
 
-1. Groups go, costliest first, to the data-parallel rank that has the least work so far.
-2. On each rank they go, longest first, into the first row of at most `budget` tokens that has room (first-fit
-   decreasing). A group is never split; one that is longer than the budget gets a row of its own.
-3. Ranks with fewer rows than others split their costliest rows in two; what is then still missing are empty rows.
+1. Groups go, costliest first, to the data-parallel rank that has the least work so far, whatever room there is; what
+   first-fit decreasing then makes of each rank's share bounds the plan: so many rows, so much work on the busiest rank.
+2. Upwards from the fewest rows that could hold the tokens, groups are spread over the ranks by cost, each with so many
+   rows of limited room (partition.py). The first number of rows that works with no more work on the busiest rank than
+   in 1 is taken; if none does, the shares of 1.
+3. Each rank's groups are spread once more over its rows, by cost. The rows come costliest first, so that those that the
+   ranks compute at the same time cost about the same.
 
-rows.py lays the rows out. The cost of a segment of s tokens is s + s^2 / CROSSOVER: matrix multiplications and causal
-attention; of one that also attends to c tokens of a shared prompt it is s + ((c + s)^2 - c^2) / CROSSOVER.
+A group is never split; one that is longer than the budget gets a row of its own, and its rank less of the others. All
+ranks have equally many rows (they meet in every collective); the rows of a rank are even, because a pipeline waits for
+the longest; what no group is left for are empty rows. rows.py lays the rows out, cost.py says what groups cost.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-CROSSOVER = 24_576
-"""Segment length at which causal attention costs as much as the matrix multiplications: 12 x the hidden size, here that
-of a 1-2 billion parameter model. It moves the balance between ranks only, never a result."""
+from rpo_megatron.data.cost import Sizes
+from rpo_megatron.data.partition import Items, Rows, Shape, cheapest_bin_first, fill_empty, first_fit, spread
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """What a group takes up."""
+class Balance:
+    """How well a plan uses the machine, in numbers that add up over steps: `useful_tokens` over `row_tokens` is the
+    share of computed tokens that is not padding, `max_cost` over `mean_cost` how much longer the busiest rank takes."""
 
-    tokens: int
-    """In a row."""
-    cost: float
-    """Of computing it, in tokens of a short segment."""
-
-
-def size_of(prompt_length: int, response_lengths: np.ndarray, *, share_prompt: bool) -> Size:
-    """Of a group whose responses share one copy of the prompt, or have one each."""
-    if share_prompt:
-        length_S = np.array([prompt_length, *response_lengths], dtype=np.float64)
-        context_S = np.array([0, *np.full(len(response_lengths), prompt_length)], dtype=np.float64)
-    else:
-        length_S, context_S = (prompt_length + response_lengths).astype(np.float64), np.zeros(len(response_lengths))
-    pairs = np.square(context_S + length_S) - np.square(context_S)
-    return Size(tokens=int(length_S.sum()), cost=float(length_S.sum() + pairs.sum() / CROSSOVER))
+    useful_tokens: int
+    """Of groups: a shared prompt counts once."""
+    row_tokens: int
+    """With padding and empty rows."""
+    mean_cost: float
+    """Work of a rank, in tokens (cost.py)."""
+    max_cost: float
+    """Of the busiest rank, for which the others wait."""
 
 
-def pack(
-    sizes: Sequence[Size], *, budget: int, dp_size: int, multiple: int, packing: bool = True
-) -> list[list[list[int]]]:
-    """Rows of every data-parallel rank: `result[rank][row]` lists indices into `sizes`, [] for an empty row.
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    ranks: list[Rows]
+    """`ranks[rank][row]` lists indices of groups, [] for an empty row."""
+    balance: Balance
 
-    Rows hold at most `budget` tokens after padding to
-    `multiple`, unless a single group is longer. `packing=False` puts one group in a row. The result depends on the
-    arguments alone.
+
+def pack(sizes: Sizes, *, budget: int, dp_size: int, multiple: int, packing: bool = True) -> Packing:
+    """Rows of every data-parallel rank, for at least one group.
+
+    Rows hold at most `budget` tokens after padding to `multiple`, unless a single group is longer. `packing=False` puts
+    one group in a row. The result depends on the arguments alone.
     """
-    tokens, costs = [size.tokens for size in sizes], [size.cost for size in sizes]
     capacity = budget - budget % multiple if packing else 0
-    shares = _balance(range(len(sizes)), costs, dp_size)
-    ranks = [_first_fit_decreasing(share, tokens, capacity) for share in shares]
-    num_rows = max(map(len, ranks))
-    return [_split_into(rows, costs, num_rows) for rows in ranks]
+    # A row that a long group has to itself has no room left; without packing every group is such a group.
+    size_G = np.minimum(sizes.tokens_G, capacity) if capacity else np.ones_like(sizes.tokens_G)
+    items = Items(cost=sizes.cost_G.tolist(), size=size_G.tolist())
+    ranks = [_costliest_first(rows, items) for rows in _plan(items, dp_size=dp_size, room=capacity or 1)]
+    return Packing(ranks=ranks, balance=_balance(ranks, sizes, multiple=multiple))
 
 
-def _balance(indices: Iterable[int], costs: list[float], num_parts: int) -> list[list[int]]:
-    """Costliest first to the cheapest part so far: within 4/3 of the best possible maximum (Graham 1969)."""
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    work = [0.0] * num_parts
-    for index in sorted(indices, key=lambda i: (-costs[i], i)):
-        cheapest = work.index(min(work))
-        parts[cheapest].append(index)
-        work[cheapest] += costs[index]
-    return parts
+def _plan(items: Items, *, dp_size: int, room: int) -> list[Rows]:
+    shares = _shares(items, dp_size=dp_size)
+    firsts = [first_fit(share, items, room=room) for share in shares]
+    most_rows = max(map(len, firsts))
+    busiest, idle = max(map(items.total, shares)), _empty_rows(firsts, most_rows)
+    fewest_rows = max(1, -(-sum(items.size) // (dp_size * room)))
+    for num_rows in range(fewest_rows, most_rows + 1):
+        shape = Shape(num_bins=dp_size, num_rows=num_rows, room=room)
+        ranks = spread(range(len(items.cost)), items, shape, limit=busiest)
+        if ranks is not None and _empty_rows(ranks, num_rows) <= idle:
+            return [_even(rows, items, num_rows=num_rows, room=room) for rows in ranks]
+    return [_even(rows, items, num_rows=most_rows, room=room) for rows in firsts]
 
 
-def _first_fit_decreasing(indices: list[int], tokens: list[int], capacity: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(indices, key=lambda i: (-tokens[i], i)):
-        fitting = next((row for row, free in enumerate(room) if tokens[index] <= free), None)
-        if fitting is None:
-            rows.append([index])
-            room.append(capacity - tokens[index])
-        else:
-            rows[fitting].append(index)
-            room[fitting] -= tokens[index]
-    return rows
+def _shares(items: Items, *, dp_size: int) -> Rows:
+    """The groups of each rank, balanced as if rows had no limit."""
+    shape = Shape(num_bins=dp_size, num_rows=1, room=sum(items.size))
+    bins = cheapest_bin_first(items.costliest_first(range(len(items.cost))), items, shape)
+    assert bins is not None, "there was room for everything"
+    return [share for (share,) in bins]
 
 
-def _split_into(rows: list[list[int]], costs: list[float], num_rows: int) -> list[list[int]]:
-    rows = list(rows)
-    while len(rows) < num_rows and (divisible := [row for row in rows if len(row) > 1]):
-        costliest = max(divisible, key=lambda row: sum(costs[i] for i in row))
-        rows.remove(costliest)
-        rows += _balance(costliest, costs, 2)
-    return rows + [[] for _ in range(num_rows - len(rows))]
+def _even(rows: Rows, items: Items, *, num_rows: int, room: int) -> Rows:
+    """The same groups in rows of even cost; as they were, where that is not possible."""
+    if len(rows) == num_rows == 1:
+        return rows
+    shape = Shape(num_bins=num_rows, num_rows=1, room=room)
+    bins = spread([i for row in rows for i in row], items, shape, limit=max(map(items.total, rows), default=0))
+    if bins is None:
+        bins = [[row] for row in rows] + [[[]] for _ in range(num_rows - len(rows))]
+        fill_empty(bins, items)
+    return [row for (row,) in bins]
+
+
+def _costliest_first(rows: Rows, items: Items) -> Rows:
+    return sorted(rows, key=lambda row: (-items.total(row), row))
+
+
+def _empty_rows(ranks: list[Rows], num_rows: int) -> int:
+    """That no plan with these shares can avoid."""
+    return sum(max(0, num_rows - sum(map(len, rows))) for rows in ranks)
+
+
+def _balance(ranks: list[Rows], sizes: Sizes, *, multiple: int) -> Balance:
+    tokens, cost = sizes.tokens_G.tolist(), sizes.cost_G.tolist()
+    lengths = [sum(tokens[i] for i in row) for rows in ranks for row in rows]
+    return Balance(
+        useful_tokens=sum(lengths),
+        row_tokens=sum(max(1, -(-length // multiple)) * multiple for length in lengths),
+        mean_cost=sum(cost) / len(ranks),
+        max_cost=float(max(sum(cost[i] for row in rows for i in row) for rows in ranks)),
+    )

@@ -3,45 +3,46 @@
     rpo prepare input=data.jsonl.gz output_prefix=data/train tokenizer=models/llama
 
 1. Read rows (readers.py), in chunks.
-2. In the worker processes: find each row's layout (layouts.py), tokenize it (chat.py), apply the policies on empty,
-   duplicate, too long and single responses (below).
-3. In this process, in the order of the input: the policy on missing rewards, then write (store.py).
+2. In the worker processes (workers.py): find each row's layout (layouts.py), tokenize all of a chunk (chat.py, with
+   fast.py where that gives the same tokens), apply the policies on empty, duplicate, too long and single responses
+   (chunk.py).
+3. In this process, in the order of the input: the policy on missing rewards (collector.py), then write (writer.py).
+4. Every few seconds: write down how far this has come (journal.py). Started again after an interruption with the same
+   arguments, the program goes on from there.
 
-The store does not depend on the number of workers. An error in any stage leaves nothing behind.
+The store depends neither on the number of workers nor on interruptions. Wrong input leaves nothing behind.
 """
 
-import os
-import signal
-from collections import Counter, deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import json
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from multiprocessing import get_context, parent_process
-from threading import Thread
 
-import numpy as np
-
-from rpo_megatron.config import PrepareConfig
+from rpo_megatron import __version__
+from rpo_megatron.config_verbs import PrepareConfig
+from rpo_megatron.data import fast
 from rpo_megatron.data.chat import Chat
-from rpo_megatron.data.layouts import RawGroup, check_columns, parse_row
-from rpo_megatron.data.manifest import Manifest, RewardSource
+from rpo_megatron.data.collector import Collector, CollectorState
+from rpo_megatron.data.journal import Checkpoint, Journal, locked
+from rpo_megatron.data.layouts import check_columns, parse_row
+from rpo_megatron.data.manifest import Manifest
 from rpo_megatron.data.progress import Progress
 from rpo_megatron.data.readers import RawRow, Source
 from rpo_megatron.data.template import load_template, template_info
 from rpo_megatron.data.tokenizer import Tokenizer
+from rpo_megatron.data.workers import WorkersKilledError, chunk_results
 from rpo_megatron.data.writer import StoreWriter
 from rpo_megatron.errors import UserError
 
-CHUNK = 64
-"""Rows that a worker gets at a time."""
-FEW_CHUNKS = 16
-"""Input of fewer chunks is done here: starting processes would take longer."""
-CHUNKS_IN_FLIGHT = 4
-"""Per worker: enough to keep it busy while the oldest chunk is written, few enough to bound memory."""
+JOURNAL_SECONDS = 10.0
+"""At most so much work is lost with an interruption."""
+SAMPLE_ROWS = 1000
+"""The fast tokenizer has to agree with the normal one on so many rows, or ..."""
+SAMPLE_BYTES = 1 << 23
+"""... on so much of the input."""
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -49,20 +50,120 @@ def prepare(config: PrepareConfig) -> None:
     stood at output_prefix before is then still there."""
     check_columns(config.columns)
     tokenizer = Tokenizer(config.tokenizer)
-    template = load_template(config.chat_template, tokenizer)
-    chat = Chat(tokenizer, template)
-    rows = islice(Source(config.input, split=config.split), config.limit)
-    with StoreWriter(config.output_prefix, tokenizer=tokenizer.info, template=template_info(template)) as writer:
-        collector = _Collector(config, writer)
-        with (
-            Progress(unit="row", limit=config.limit) as progress,
-            closing(_chunk_results(config, chat, rows)) as results,
-        ):
-            for result in results:
-                collector.add(result)
-                progress.advance(result.num_rows, fraction=result.fraction)
-        manifest = collector.finish()
+    chat = Chat(tokenizer, load_template(config.chat_template, tokenizer))
+    source = Source(config.input, split=config.split)
+    with locked(config.output_prefix):
+        opening = choose_tokenizer(config, chat, islice(source, config.limit))
+        print(opening.note)
+        journal = Journal(config.output_prefix, _identity(config, source, chat))
+        manifest = _write(config, opening, journal)
+        journal.remove()
     print("\n".join(report(config.output_prefix, manifest, columns=list(config.columns.extra))))
+
+
+def _write(config: PrepareConfig, opening: "Opening", journal: Journal) -> Manifest:
+    chat, start = opening.chat, journal.load()
+    with StoreWriter(
+        config.output_prefix,
+        tokenizer=chat.tokenizer.info,
+        template=template_info(chat.template),
+        resume=start.writer if start else None,
+    ) as writer:
+        collector = Collector(config, writer, start.collector if start else CollectorState())
+        try:
+            _collect(config, opening, collector, journal, start)
+            return collector.finish()
+        except BaseException as error:
+            if isinstance(error, UserError) and not isinstance(error, WorkersKilledError):
+                writer.abort()
+                journal.remove()
+            elif journal.exists:
+                print(f"{config.output_prefix}: interrupted; the same command goes on from here", file=sys.stderr)
+            raise
+
+
+def _collect(
+    config: PrepareConfig, opening: "Opening", collector: Collector, journal: Journal, start: Checkpoint | None
+) -> None:
+    num_rows = start.rows if start else 0
+    rows = islice(opening.rows, num_rows, None)
+    saved_at = time.monotonic()
+    with (
+        Progress(unit="row", limit=config.limit, done=num_rows) as progress,
+        closing(chunk_results(config, opening.chat, rows, use_fast=opening.use_fast)) as results,
+    ):
+        for done in results:
+            collector.add(done.result)
+            num_rows += done.num_rows
+            progress.advance(done.num_rows, fraction=done.fraction)
+            if time.monotonic() - saved_at >= JOURNAL_SECONDS:
+                journal.save(rows=num_rows, writer=collector.sync(), collector=collector.state)
+                saved_at = time.monotonic()
+
+
+def _identity(config: PrepareConfig, source: Source, chat: Chat) -> dict[str, str]:
+    """All that the content of the store follows from; in what order processes work, and how fast, is not part of it."""
+    knobs = {name: json.dumps(value) for name, value in asdict(config).items() if name not in NO_MATTER}
+    tokenizer, template = chat.tokenizer.info, template_info(chat.template)
+    return knobs | {
+        "input (size or time of a file)": json.dumps(source.identity),
+        "tokenizer": json.dumps(tokenizer.fingerprints),
+        "chat template": template.fingerprint,
+        "version of rpo_megatron": __version__,
+    }
+
+
+NO_MATTER = {"output_prefix", "tokenizer", "workers", "fast_tokenizer"}
+
+
+# ------------------------------------------------------------------------------------------------ which tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The rows, still all of them, and what tokenizes them."""
+
+    rows: Iterator[RawRow]
+    chat: Chat
+    use_fast: bool
+    note: str
+
+
+def choose_tokenizer(config: PrepareConfig, chat: Chat, rows: Iterator[RawRow]) -> Opening:
+    """Raises UserError when fast_tokenizer=always cannot be had."""
+    wish = config.fast_tokenizer
+    if wish == "never" or (wish == "auto" and not fast.is_installed()):
+        why = "fast_tokenizer=never" if wish == "never" else "for a faster one: pip install 'rpo_megatron[fast]'"
+        return Opening(rows=rows, chat=chat, use_fast=False, note=f"normal tokenizer ({why})")
+    sample = _sample(rows)
+    rows = chain(sample, rows)
+    if wish == "auto" and len(sample) < SAMPLE_ROWS and sum(row.size for row in sample) < SAMPLE_BYTES:
+        note = "normal tokenizer (too few rows for a faster one to pay)"
+        return Opening(rows=rows, chat=chat, use_fast=False, note=note)
+    choice = fast.choose(wish, chat.tokenizer, _texts(config, chat, sample))
+    fast_chat = Chat(chat.tokenizer, chat.template, encode=choice.encode)
+    return Opening(rows=rows, chat=fast_chat, use_fast=choice.encode is not None, note=choice.note)
+
+
+def _sample(rows: Iterator[RawRow]) -> list[RawRow]:
+    sample: list[RawRow] = []
+    size = 0
+    while len(sample) < SAMPLE_ROWS and size < SAMPLE_BYTES and (row := next(rows, None)) is not None:
+        sample.append(row)
+        size += row.size
+    return sample
+
+
+def _texts(config: PrepareConfig, chat: Chat, rows: list[RawRow]) -> Iterator[str]:
+    for row in rows:
+        try:
+            group = chat.lay_out(parse_row(row.decode(), where=row.where, columns=config.columns))
+        except UserError:
+            return  # the same error comes again, in its turn
+        yield from (group.prompt, *group.wholes)
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
 
 
 def report(prefix: str, manifest: Manifest, *, columns: list[str]) -> list[str]:
@@ -78,200 +179,3 @@ def report(prefix: str, manifest: Manifest, *, columns: list[str]) -> list[str]:
     lines.append(f"{manifest.boundary_merges:>10,}  responses tokenized apart from their prompt (boundary merges)")
     lines += [f"{count:>10,}  dropped: {reason}" for reason, count in manifest.dropped.items()]
     return lines
-
-
-# ------------------------------------------------------------------------------------------------ in the workers
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedGroup:
-    where: str
-    prompt: np.ndarray
-    responses: list[np.ndarray]
-    reward: np.ndarray | None
-    reward_source: RewardSource | None
-    columns: dict[str, np.ndarray]
-    boundary_merges: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkResult:
-    num_rows: int
-    fraction: float
-    """Share of the input that is read once these rows are."""
-    groups: list[PreparedGroup]
-    dropped: Counter[str]
-
-
-class _GroupDroppedError(Exception):
-    """Ends the treatment of a group whose policy is drop_group."""
-
-
-def prepare_chunk(config: PrepareConfig, chat: Chat, rows: list[RawRow]) -> ChunkResult:
-    dropped: Counter[str] = Counter()
-    groups = []
-    for row in rows:
-        raw = parse_row(row.decode(), where=row.where, columns=config.columns)
-        try:
-            groups.append(_prepare_group(config, chat, raw, dropped))
-        except _GroupDroppedError as reason:
-            dropped[f"group_{reason}"] += 1
-    return ChunkResult(num_rows=len(rows), fraction=rows[-1].fraction, groups=groups, dropped=dropped)
-
-
-def _prepare_group(config: PrepareConfig, chat: Chat, raw: RawGroup, dropped: Counter[str]) -> PreparedGroup:
-    tokenized = chat.tokenize(raw)
-    seen: set[str] = set()
-    kept: list[int] = []
-    for i, (text, response) in enumerate(zip(raw.responses, tokenized.responses, strict=True)):
-        length = tokenized.prompt.size + response.ids.size
-        if not text.strip() or response.is_empty:
-            _drop(config.empty_response, "empty", f"{raw.where}: response {i} is empty (empty_response)", dropped)
-        elif text in seen and config.duplicate == "drop_response":
-            dropped["response_duplicate"] += 1
-        elif length > config.max_length:
-            what = f"{length} tokens with its prompt, max_length is {config.max_length} (too_long)"
-            _drop(config.too_long, "too_long", f"{raw.where}: response {i} has {what}", dropped)
-        else:
-            kept.append(i)
-        seen.add(text)
-    if len(kept) < 2:
-        what = f"{len(kept)} of {len(raw.responses)} responses left, a group needs two (single_response)"
-        _drop(config.single_response, "single_response", f"{raw.where}: {what}", dropped)
-    return PreparedGroup(
-        where=raw.where,
-        prompt=tokenized.prompt,
-        responses=[tokenized.responses[i].ids for i in kept],
-        reward=None if raw.rewards is None else np.array([raw.rewards[i] for i in kept], dtype=np.float32),
-        reward_source=raw.reward_source,
-        columns={name: np.array([values[i] for i in kept], dtype=np.float32) for name, values in raw.columns.items()},
-        boundary_merges=sum(tokenized.responses[i].is_boundary_merge for i in kept),
-    )
-
-
-def _drop(policy: str, reason: str, message: str, dropped: Counter[str]) -> None:
-    if policy == "error":
-        raise UserError(message)
-    if policy == "drop_group":
-        raise _GroupDroppedError(reason)
-    dropped[f"response_{reason}"] += 1
-
-
-# ------------------------------------------------------------------------------------------------ worker processes
-
-
-def _chunk_results(config: PrepareConfig, chat: Chat, rows: Iterator[RawRow]) -> Generator[ChunkResult, None, None]:
-    """Results in the order of the rows, from `workers` processes (from this one, if it is one)."""
-    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-    workers = config.workers or _num_cores()
-    first = list(islice(chunks, FEW_CHUNKS))
-    if workers == 1 or len(first) < FEW_CHUNKS:
-        yield from (prepare_chunk(config, chat, chunk) for chunk in chain(first, chunks))
-        return
-    # spawn, because forking a process whose libraries have started threads can deadlock
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-        pending: deque[Future[ChunkResult]] = deque()
-        try:
-            for chunk in chain(first, chunks):
-                pending.append(pool.submit(_work, config, chunk))
-                if len(pending) >= workers * CHUNKS_IN_FLIGHT:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"one of the {workers} tokenizing processes was killed, perhaps for want of memory: try fewer workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use, where the system can tell; a container often gives it fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed must not wait for work forever."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@cache
-def _load_chat(tokenizer_path: str, chat_template: str) -> Chat:
-    tokenizer = Tokenizer(tokenizer_path)
-    return Chat(tokenizer, load_template(chat_template, tokenizer))
-
-
-def _work(config: PrepareConfig, rows: list[RawRow]) -> ChunkResult:
-    return prepare_chunk(config, _load_chat(config.tokenizer, config.chat_template), rows)
-
-
-# ------------------------------------------------------------------------------------------------ in this process
-
-
-class _Collector:
-    """Writes the groups in order, after the policy on missing rewards, which needs to have seen the others."""
-
-    def __init__(self, config: PrepareConfig, writer: StoreWriter) -> None:
-        self._config = config
-        self._writer = writer
-        self._dropped: Counter[str] = Counter()
-        self._boundary_merges = 0
-        self._standard: PreparedGroup | None = None
-        """The group whose kind of rewards the others must have."""
-        self._keeps_rewards = True
-
-    def add(self, result: ChunkResult) -> None:
-        self._dropped.update(result.dropped)
-        for group in result.groups:
-            if self._accept(group):
-                reward = group.reward if self._keeps_rewards else None
-                self._writer.add(group.prompt, group.responses, reward, group.columns)
-                self._boundary_merges += group.boundary_merges
-            else:
-                self._dropped["group_missing_reward"] += 1
-
-    def _accept(self, group: PreparedGroup) -> bool:
-        policy = self._config.missing_reward
-        if policy == "drop_group" and group.reward_source is None:
-            return False
-        self._standard = self._standard or group
-        standard = self._standard
-        if group.reward_source == standard.reward_source:
-            return True
-        if policy == "drop_group" and standard.reward_source == "given":
-            return False
-        if policy == "no_rewards":
-            self._keeps_rewards = False
-            self._writer.drop_rewards()
-            return True
-        raise UserError(
-            f"{group.where}: {REWARDS_ARE[group.reward_source]}, but {standard.where}: "
-            f"{REWARDS_ARE[standard.reward_source]}. missing_reward=no_rewards stores none, missing_reward=drop_group "
-            "leaves out the groups without (if the first group has them)"
-        )
-
-    def finish(self) -> Manifest:
-        dropped = dict(sorted(self._dropped.items()))
-        if not len(self._writer):
-            raise UserError(f"input '{self._config.input}': no group is left to store; dropped: {dropped or 'none'}")
-        source = self._standard.reward_source if self._standard is not None else None
-        return self._writer.finish(
-            reward_source=source or "given", dropped=dropped, boundary_merges=self._boundary_merges
-        )
-
-
-REWARDS_ARE: dict[RewardSource | None, str] = {
-    None: "rewards are missing",
-    "given": "there are rewards",
-    "preference": "there is only chosen over rejected, no reward",
-}

@@ -9,13 +9,14 @@ from tqdm import tqdm
 class Progress:
     """Counts up to a total that is estimated from the share of the input that was read."""
 
-    def __init__(self, *, unit: str, limit: int | None = None) -> None:
-        """`limit` is the most that will be counted, if that is known."""
+    def __init__(self, *, unit: str, limit: int | None = None, done: int = 0) -> None:
+        """`limit` is the most that will be counted, if that is known; `done` were counted by an earlier run."""
         self._limit = limit
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             unit=unit,
             unit_scale=True,
+            initial=done,
             file=sys.stderr if on_terminal else _Lines(),
             mininterval=0.2 if on_terminal else 10.0,
             miniters=1,

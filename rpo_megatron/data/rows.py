@@ -6,10 +6,13 @@ cost of K prompts, kept as the other's oracle.
 
     shared      [ prompt | response 1 | response 2 | ... ]       the prompt's last token predicts every first token
     repeated    [ prompt response 1 | prompt response 2 | ... ]
+
+Everything but the tokens follows from the lengths, for all groups of a row at once. Shapes besides those of
+microbatch.py: R responses of all groups, one group after the other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,77 +25,99 @@ def build_row(
 ) -> MicroBatch:
     """Lay out groups (at least one, with the numbers `ids` [G] and `draws` [G]) in one row. Padding up to a multiple of
     `multiple` is a segment of its own at the end."""
-    assert all(group.prompt.size and min(map(len, group.responses)) for group in groups), "empty prompt or response"
-    row = _Row()
-    for group in groups:
-        (_place_shared if share_prompt else _place_repeated)(row, group)
-    padding = -row.length % multiple
+    layout = _Layout.of(groups, share_prompt=share_prompt)
+    padding = -int(layout.length_S.sum()) % multiple
+    length_S, prompt_S, first_S = layout.length_S, layout.prompt_S, layout.first_position_S
     if padding:
-        row.add_segment(np.zeros(padding, dtype=np.int64))
-    lengths = [len(group.responses) for group in groups]
+        length_S, prompt_S, first_S = np.append(length_S, padding), np.append(prompt_S, -1), np.append(first_S, 0)
+    valid_GK = np.arange(layout.count_G.max()) < layout.count_G[:, None]
+    responses = [response for group in groups for response in group.responses]
+    scored_position_N = layout.predictors()
+    ends_R = np.cumsum(layout.response_R)
     return MicroBatch(
-        tokens_T=np.concatenate(row.tokens).astype(np.int64, copy=False),
-        positions_T=np.concatenate(row.positions),
-        segments_S=np.array(row.segments),
-        prompt_S=np.array(row.prompts),
-        scored_position_N=np.concatenate(row.predictors),
-        scored_label_N=np.concatenate([tokens for group in groups for tokens in group.responses]).astype(np.int64),
-        length_GK=_ragged([[tokens.size for tokens in group.responses] for group in groups], np.int64),
-        last_position_GK=_grouped(row.last, lengths),
-        before_last_position_GK=_grouped([int(predictors[-1]) for predictors in row.predictors], lengths),
-        reward_GK=_column([group.reward for group in groups], np.float32),
-        rewards_GKM=_columns([group.rewards for group in groups]),
-        source_GK=_column([group.source for group in groups], np.bool_),
-        ref_logp_GK=_column([group.ref_logp for group in groups], np.float32),
-        valid_GK=_ragged([[True] * length for length in lengths], np.bool_),
+        tokens_T=np.concatenate([*_tokens(groups, share_prompt=share_prompt), np.zeros(padding, dtype=np.int64)]),
+        positions_T=_runs(first_S, length_S),
+        segments_S=length_S,
+        prompt_S=prompt_S,
+        scored_position_N=scored_position_N,
+        scored_label_N=np.concatenate(responses).astype(np.int64, copy=False),
+        length_GK=_filled(valid_GK, layout.response_R),
+        last_position_GK=_filled(valid_GK, layout.start_R + layout.response_R - 1),
+        before_last_position_GK=_filled(valid_GK, scored_position_N[ends_R - 1]),
+        reward_GK=_column(valid_GK, [group.reward for group in groups], np.float32),
+        rewards_GKM=_column(valid_GK, [group.rewards for group in groups], np.float32),
+        source_GK=_column(valid_GK, [group.source for group in groups], np.bool_),
+        ref_logp_GK=_column(valid_GK, [group.ref_logp for group in groups], np.float32),
+        valid_GK=valid_GK,
         draw_G=np.asarray(draws, dtype=np.float64),
         group_ids_G=np.asarray(ids, dtype=np.int64),
         has_padding=padding > 0,
     )
 
 
-@dataclass
-class _Row:
-    """A row as it grows."""
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where everything lies in a row, without its padding."""
 
-    length: int = 0
-    tokens: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-    segments: list[int] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    predictors: list[np.ndarray] = field(default_factory=list)
-    """For each response, the row positions that predict its tokens."""
-    last: list[int] = field(default_factory=list)
+    count_G: np.ndarray
+    """Responses of each group."""
+    length_S: np.ndarray
+    prompt_S: np.ndarray
+    first_position_S: np.ndarray
+    response_R: np.ndarray
+    """Lengths of the responses."""
+    start_R: np.ndarray
+    """Row position of each response's first token."""
+    before_R: np.ndarray
+    """Row position of the prompt's last token that precedes it."""
 
-    def add_segment(self, *parts: np.ndarray, first_position: int = 0, prompt: int = -1) -> int:
-        """Append tokens as one segment; returns the row position of its first."""
-        start, size = self.length, sum(part.size for part in parts)
-        self.tokens += parts
-        self.positions.append(first_position + np.arange(size))
-        self.segments.append(size)
-        self.prompts.append(prompt)
-        self.length += size
-        return start
+    @classmethod
+    def of(cls, groups: Sequence[Group], *, share_prompt: bool) -> "_Layout":
+        count_G = np.array([len(group.responses) for group in groups])
+        prompt_G = np.array([group.prompt.size for group in groups])
+        response_R = np.array([response.size for group in groups for response in group.responses])
+        assert min(prompt_G.min(), response_R.min()) > 0, "empty prompt or response"
+        prompt_R = np.repeat(prompt_G, count_G)
+        if share_prompt:
+            return cls._shared(count_G, prompt_G, response_R, prompt_R)
+        length_S = prompt_R + response_R
+        start_R = np.cumsum(length_S) - response_R
+        return cls(
+            count_G=count_G,
+            length_S=length_S,
+            prompt_S=np.full_like(length_S, -1),
+            first_position_S=np.zeros_like(length_S),
+            response_R=response_R,
+            start_R=start_R,
+            before_R=start_R - 1,
+        )
 
-    def score(self, predictors: np.ndarray) -> None:
-        """The last segment ends in a response, which these positions predict."""
-        self.predictors.append(predictors)
-        self.last.append(self.length - 1)
+    @classmethod
+    def _shared(
+        cls, count_G: np.ndarray, prompt_G: np.ndarray, response_R: np.ndarray, prompt_R: np.ndarray
+    ) -> "_Layout":
+        first_R = np.cumsum(count_G) - count_G  # [G]: the first response of each group, before which its prompt goes
+        prompt_segment_G = first_R + np.arange(count_G.size)
+        length_S = np.insert(response_R, first_R, prompt_G)
+        end_S = np.cumsum(length_S)
+        is_response_S = np.ones(length_S.size, dtype=np.bool_)
+        is_response_S[prompt_segment_G] = False
+        return cls(
+            count_G=count_G,
+            length_S=length_S,
+            prompt_S=np.insert(np.repeat(prompt_segment_G, count_G), first_R, -1),
+            first_position_S=np.insert(prompt_R, first_R, 0),
+            response_R=response_R,
+            start_R=end_S[is_response_S] - response_R,
+            before_R=np.repeat(end_S[prompt_segment_G] - 1, count_G),
+        )
 
-
-def _place_shared(row: _Row, group: Group) -> None:
-    prompt = len(row.segments)
-    row.add_segment(group.prompt)
-    last_of_prompt = row.length - 1
-    for response in group.responses:
-        start = row.add_segment(response, first_position=group.prompt.size, prompt=prompt)
-        row.score(np.array([last_of_prompt, *range(start, start + response.size - 1)]))
-
-
-def _place_repeated(row: _Row, group: Group) -> None:
-    for response in group.responses:
-        start = row.add_segment(group.prompt, response) + group.prompt.size
-        row.score(np.arange(start - 1, start - 1 + response.size))
+    def predictors(self) -> np.ndarray:
+        """[N], the row position that predicts each response token: the one before it, for a first token the end of the
+        prompt."""
+        position_N = _runs(self.start_R - 1, self.response_R)
+        position_N[np.cumsum(self.response_R) - self.response_R] = self.before_R
+        return position_N
 
 
 def empty_row(
@@ -122,28 +147,25 @@ def empty_row(
     )
 
 
-def _column(values: Sequence[np.ndarray | None], dtype: type) -> np.ndarray | None:
+def _tokens(groups: Sequence[Group], *, share_prompt: bool) -> list[np.ndarray]:
+    if share_prompt:
+        return [tokens for group in groups for tokens in (group.prompt, *group.responses)]
+    return [tokens for group in groups for response in group.responses for tokens in (group.prompt, response)]
+
+
+def _runs(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, ... for lengths[0] numbers, then the same from first[1], ..."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(first - before, lengths)
+
+
+def _filled(valid_GK: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One entry (or vector) per response, [R, ...], as [G, K, ...], 0 where there is no response."""
+    filled: np.ndarray = np.zeros((*valid_GK.shape, *values.shape[1:]), dtype=values.dtype)
+    filled[valid_GK] = values
+    return filled
+
+
+def _column(valid_GK: np.ndarray, values: Sequence[np.ndarray | None], dtype: type) -> np.ndarray | None:
     present = [value for value in values if value is not None]
-    return _ragged(present, dtype) if present else None
-
-
-def _columns(values: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """[K, M] of each group as one [G, K, M] array."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    return np.stack([_ragged(column, np.float32) for column in zip(*(value.T for value in present), strict=True)], -1)
-
-
-def _grouped(values: list[int], lengths: list[int]) -> np.ndarray:
-    """One number per response, in order, as [G, K]."""
-    borders = np.cumsum(lengths)[:-1]
-    return _ragged(np.split(np.array(values), borders), np.int64)
-
-
-def _ragged(rows: Sequence[Sequence | np.ndarray], dtype: type) -> np.ndarray:
-    """Rows of different lengths as one [G, K] array, filled up with 0."""
-    filled_GK: np.ndarray = np.zeros((len(rows), max(map(len, rows))), dtype=dtype)
-    for filled_K, row in zip(filled_GK, rows, strict=True):
-        filled_K[: len(row)] = row
-    return filled_GK
+    return _filled(valid_GK, np.concatenate(present).astype(dtype, copy=False)) if present else None

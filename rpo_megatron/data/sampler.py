@@ -1,29 +1,30 @@
-"""Which groups belong to which step, as a pure function of (seed, consumed): no state, no communication.
+"""Which groups belong to which step, as a pure function of (seed, consumed): no state, no table, no communication.
 
 1. The k-th group consumed by the run is number k % D of epoch k // D, D = groups in the store.
-2. Every epoch has a permutation of its own: the group ids in the order of their hashes.
+2. Every epoch has a permutation of its own, which is computed for the positions that are asked for: a Feistel network
+   over pairs (a, b) with a * b just above D (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); what
+   leaves 0 .. D - 1 goes through it again.
 3. Every (epoch, group) has one uniform number, for random choices inside an objective.
 
 Hashes come from splitmix64, counter-based: ten lines of integer arithmetic that no library update can change, so that
 a resumed run goes on with the same data on any numpy.
 """
 
-from functools import lru_cache
+import math
 
 import numpy as np
 
 _ORDER, _DRAW = 1, 2  # independent streams of one seed
+_ROUNDS = 24
+"""From 18 on all orders of up to 7 groups are equally frequent in 300,000 epochs."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def group_ids(num_groups: int, *, seed: int, consumed: int, count: int) -> np.ndarray:
     """Ids [count] of the groups number `consumed`, `consumed` + 1, ... of the run; it may span epochs. int64."""
-    positions = np.arange(consumed, consumed + count)
-    ids = np.empty(count, dtype=np.int64)
-    for epoch in range(consumed // num_groups, (consumed + count - 1) // num_groups + 1):
-        here = positions // num_groups == epoch
-        ids[here] = _permutation(num_groups, seed, epoch)[positions[here] % num_groups]
-    return ids
+    epoch = epochs(num_groups, consumed=consumed, count=count)
+    position = np.arange(consumed, consumed + count) - epoch * num_groups
+    return _permuted(position, num_groups, seed=seed, epoch=epoch)
 
 
 def epochs(num_groups: int, *, consumed: int, count: int) -> np.ndarray:
@@ -36,16 +37,30 @@ def draw(*, seed: int, epoch: np.ndarray | int, ids: np.ndarray) -> np.ndarray:
     return (_hash(seed, _DRAW, epoch, ids) >> np.uint64(11)) * 2.0**-53
 
 
-@lru_cache(maxsize=2)  # two, because a step may span two epochs
-def _permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.argsort(_hash(seed, _ORDER, epoch, np.arange(num_groups)), kind="stable")
-    order.flags.writeable = False
-    return order
+def _permuted(position: np.ndarray, num_groups: int, *, seed: int, epoch: np.ndarray) -> np.ndarray:
+    """Where the epoch's permutation of 0 .. num_groups - 1 takes each position."""
+    value = _feistel(position, num_groups, seed=seed, epoch=epoch)
+    while (outside := value >= num_groups).any():
+        value[outside] = _feistel(value[outside], num_groups, seed=seed, epoch=epoch[outside])
+    return value
 
 
-def _hash(seed: int, stream: int, epoch: np.ndarray | int, ids: np.ndarray) -> np.ndarray:
+def _feistel(value: np.ndarray, num_groups: int, *, seed: int, epoch: np.ndarray) -> np.ndarray:
+    """A permutation of 0 .. a * b - 1, a = ceil(sqrt(D)), b = D / a up to the next even number (with two odd ones all
+    permutations would be even): the two digits of a number take turns in being moved by a hash of the other."""
+    size = math.isqrt(num_groups - 1) + 1
+    other_size = 2 * -(-num_groups // (2 * size))
+    digit, other = value % size, value // size
+    for number in range(_ROUNDS):
+        hashed = _hash(seed, _ORDER, epoch, number, other) % np.uint64(size)
+        digit, other = other, (digit + hashed.astype(np.int64)) % size
+        size, other_size = other_size, size
+    return other * size + digit
+
+
+def _hash(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     key = np.zeros(1, dtype=np.uint64)
-    for part in (np.array([seed % 2**64], dtype=np.uint64), stream, epoch, ids):
+    for part in (np.array([seed % 2**64], dtype=np.uint64), *parts):
         key = _mix(key + _GOLDEN * (np.atleast_1d(part).astype(np.uint64) + np.uint64(1)))
     return key
 

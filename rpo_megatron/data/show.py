@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo_megatron.config import InspectConfig
+from rpo_megatron.config_verbs import InspectConfig
 from rpo_megatron.data.manifest import REWARD, Manifest
 from rpo_megatron.data.store import Group, Store
 from rpo_megatron.data.tokenizer import Tokenizer, same_tokenizer, tokenizer_fingerprints

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rpo_megatron.data.batch import FLOAT32
 from rpo_megatron.data.indexed import FileInfo, IndexedReader
 from rpo_megatron.data.manifest import (
     REWARD,
@@ -32,7 +33,7 @@ from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
 from rpo_megatron.fileio import sha256
 
-FLOAT32 = np.dtype("<f4")
+INT64 = np.dtype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +151,18 @@ class Store:
     def __len__(self) -> int:
         return self._tokens.num_documents
 
-    def response_lengths(self, i: int) -> np.ndarray:
-        """int64[K], tokens of each response of group i; from the index, without reading a token."""
-        sequences = self._tokens.document_range(i)
-        return self._tokens.length_S[sequences.start + 1 : sequences.stop].astype(np.int64)
+    def response_lengths(self, ids: np.ndarray) -> np.ndarray:
+        """int64, tokens of each response of the groups `ids`, one group after the other; from the index, without
+        reading a token."""
+        num_responses = self.num_responses_D[ids]
+        before = np.cumsum(num_responses) - num_responses
+        first = self._tokens.border_D[ids] + 1
+        responses = np.arange(num_responses.sum()) + np.repeat(first - before, num_responses)
+        return self._tokens.length_S[responses].astype(np.int64)
 
     def group(self, i: int) -> Group:
         """Group i. Raises IndexError outside 0 <= i < len(self)."""
-        prompt, *responses = (tokens.astype(np.int64) for tokens in self._tokens.document(i))
+        prompt, *responses = self._tokens.document(i, dtype=INT64)
         reward = self._reward.get(i) if self._reward is not None else None
         ref_logp = self._reference.get(i) if self._reference is not None else None
         rewards = None

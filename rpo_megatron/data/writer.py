@@ -4,13 +4,16 @@ Everything goes to temporary names first; the manifest that makes it readable is
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from rpo_megatron import __version__
-from rpo_megatron.data.indexed import FileInfo, IndexedWriter, token_dtype
+from rpo_megatron.data.batch import FLOAT32, GroupBatch, check_finite, float32
+from rpo_megatron.data.indexed import FileInfo, token_dtype
+from rpo_megatron.data.indexed_writer import IndexedWriter, WrittenSoFar
 from rpo_megatron.data.manifest import (
     COLUMN_NAME,
     FORMAT,
@@ -26,7 +29,30 @@ from rpo_megatron.data.manifest import (
     TokenizerInfo,
     write_record,
 )
-from rpo_megatron.data.store import FLOAT32, Store, fingerprint_of
+from rpo_megatron.data.store import Store, fingerprint_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnState:
+    written: WrittenSoFar
+    moments: RewardMoments
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterState:
+    """All that a StoreWriter needs to go on where another one was when its `sync` returned this."""
+
+    tokens: WrittenSoFar
+    reward: WrittenSoFar | None
+    columns: dict[str, ColumnState]
+    statistics: Statistics
+
+    def is_there(self, prefix: str) -> bool:
+        """Whether the temporary files of the store at PREFIX hold what they held then."""
+        files = {prefix: self.tokens} | {_column_prefix(prefix, name): c.written for name, c in self.columns.items()}
+        if self.reward is not None:
+            files[f"{prefix}.reward"] = self.reward
+        return all(written.is_there(path) for path, written in files.items())
 
 
 class StoreWriter:
@@ -36,18 +62,33 @@ class StoreWriter:
             writer.add(prompt, responses, reward)
             writer.finish()
 
-    Leaving the block without `finish` (an exception) deletes the temporary files.
+    Leaving the block without `finish` (an exception) deletes the temporary files, unless `sync` was called: then they
+    stay, for a writer that is made with `resume`.
     """
 
-    def __init__(self, prefix: str, *, tokenizer: TokenizerInfo, template: TemplateInfo = NO_TEMPLATE) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        tokenizer: TokenizerInfo,
+        template: TemplateInfo = NO_TEMPLATE,
+        resume: WriterState | None = None,
+    ) -> None:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         self.prefix = prefix
         self._tokenizer = tokenizer
         self._template = template
-        self._tokens = IndexedWriter(prefix, dtype=token_dtype(tokenizer.vocab_size))
+        self._is_synced = resume is not None
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._tokens = IndexedWriter(prefix, dtype=dtype, resume=resume.tokens if resume else None)
         self._reward: IndexedWriter | None = None
         self._columns: dict[str, _ColumnWriter] = {}
         self._statistics = Statistics()
+        if resume is not None:
+            self._statistics = resume.statistics
+            self._columns = {name: _ColumnWriter(prefix, name, resume=state) for name, state in resume.columns.items()}
+            if resume.reward is not None:
+                self._reward = IndexedWriter(f"{prefix}.reward", dtype=FLOAT32, resume=resume.reward)
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -55,10 +96,32 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.abort()
-        self.drop_rewards()
-        for column in self._columns.values():
-            column.abort()
+        if self._is_synced:
+            for writer in self._writers():
+                writer.close()
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Delete the temporary files."""
+        for writer in self._writers():
+            writer.abort()
+        self._is_synced = False
+
+    def sync(self) -> WriterState:
+        """Have all that was added reach the disk."""
+        state = WriterState(
+            tokens=self._tokens.sync(),
+            reward=None if self._reward is None else self._reward.sync(),
+            columns={name: column.sync() for name, column in self._columns.items()},
+            statistics=self._statistics,
+        )
+        self._is_synced = True
+        return state
+
+    def _writers(self) -> list[IndexedWriter]:
+        rewards = [] if self._reward is None else [self._reward]
+        return [self._tokens, *rewards, *(column.writer for column in self._columns.values())]
 
     def __len__(self) -> int:
         return self._statistics.groups
@@ -75,29 +138,36 @@ class StoreWriter:
         Raises ValueError for a group that is not one: fewer than two responses, an empty sequence, a token outside
         the vocabulary, rewards or columns that are not K finite numbers, other columns than the first group's.
         """
-        reward_K = None if reward is None else _finite_float32(reward, len(responses), "rewards")
-        named = columns or {}
-        columns_K = {name: _finite_float32(named[name], len(responses), f"column '{name}'") for name in named}
-        if self._statistics.groups and columns_K.keys() != self._columns.keys():
-            raise ValueError(f"columns {', '.join(columns_K)}, but the first group has {', '.join(self._columns)}")
-        if self._statistics.groups and (reward_K is None) != (self._reward is None):
+        self.add_batch(
+            GroupBatch(
+                tokens_T=np.concatenate([prompt, *responses]),
+                length_S=np.array([prompt.size, *(tokens.size for tokens in responses)]),
+                num_responses_G=np.array([len(responses)]),
+                reward_R=None if reward is None else float32(reward),
+                columns_R={name: float32(values) for name, values in (columns or {}).items()},
+            )
+        )
+
+    def add_batch(self, batch: GroupBatch) -> None:
+        """Append groups, with one write to each file. Raises ValueError as `add`."""
+        batch.check(vocab_size=self._tokenizer.vocab_size)
+        if not len(batch):
+            return
+        if self._statistics.groups and batch.columns_R.keys() != self._columns.keys():
+            found, first = ", ".join(batch.columns_R), ", ".join(self._columns)
+            raise ValueError(f"columns {found}, but the first group has {first}")
+        if self._statistics.groups and (batch.reward_R is None) != (self._reward is None):
             raise ValueError("rewards must be given for all groups of a store or for none")
-        if len(responses) < 2:
-            raise ValueError(f"a group needs two responses at least, got {len(responses)}")
-        for tokens in (prompt, *responses):
-            self._check_tokens(tokens)
-        for tokens in (prompt, *responses):
-            self._tokens.add(tokens)
-        self._tokens.end_document()
-        if reward_K is not None:
+        num_responses_G = batch.num_responses_G
+        self._tokens.add_documents(batch.tokens_T, length_S=batch.length_S, num_sequences_D=num_responses_G + 1)
+        if batch.reward_R is not None:
             self._reward = self._reward or IndexedWriter(f"{self.prefix}.reward", dtype=FLOAT32)
-            self._reward.add(reward_K)
-            self._reward.end_document()
-        for name, values_K in columns_K.items():
+            _add_numbers(self._reward, batch.reward_R, num_responses_G)
+        for name, values_R in batch.columns_R.items():
             if name not in self._columns:
                 self._columns[name] = _ColumnWriter(self.prefix, name)
-            self._columns[name].add(values_K)
-        self._statistics.add(prompt.size, [tokens.size for tokens in responses], reward_K)
+            self._columns[name].add(values_R, num_responses_G)
+        self._statistics.add(batch.length_S, num_responses_G, batch.reward_R)
 
     def drop_rewards(self) -> None:
         """Forget the rewards of the groups so far; those that follow are added without."""
@@ -153,13 +223,6 @@ class StoreWriter:
             column.publish(tokens=tokens, identity={})
         write_record(manifest, path)
 
-    def _check_tokens(self, tokens: np.ndarray) -> None:
-        if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"expected a non-empty row of token ids, got {tokens.dtype} of shape {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
-            size = self._tokenizer.vocab_size
-            raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} in a vocabulary of {size}")
-
 
 def write_reference(store: Store, values: Iterable[np.ndarray], *, identity: dict[str, str]) -> None:
     """Write PREFIX.ref_logp.*: one array of K summed log-probabilities per group of the store, in order.
@@ -192,31 +255,33 @@ def write_column(store: Store, name: str, values: Iterable[np.ndarray], *, ident
     writer = _ColumnWriter(store.prefix, name)
     try:
         for value_K in _checked(store, values, what=f"column '{name}'"):
-            writer.add(value_K)
+            writer.add(value_K, np.array([value_K.size]))
         writer.publish(tokens=store.token_fingerprint, identity=identity)
     except BaseException:
-        writer.abort()
+        writer.writer.abort()
         raise
 
 
 class _ColumnWriter:
     """One column under temporary names until `publish`."""
 
-    def __init__(self, prefix: str, name: str) -> None:
+    def __init__(self, prefix: str, name: str, *, resume: ColumnState | None = None) -> None:
         if not COLUMN_NAME.fullmatch(name) or name == REWARD:
             raise ValueError(f"'{name}' cannot name a column: letters, digits, _ and - can, '{REWARD}' is taken")
         self._name = name
-        self._prefix = f"{prefix}.column.{name}"
-        self._writer = IndexedWriter(self._prefix, dtype=FLOAT32)
-        self._moments = RewardMoments()
+        self._prefix = _column_prefix(prefix, name)
+        self.writer = IndexedWriter(self._prefix, dtype=FLOAT32, resume=resume.written if resume else None)
+        self._moments = resume.moments if resume else RewardMoments()
 
-    def add(self, values_K: np.ndarray) -> None:
-        self._writer.add(values_K)
-        self._writer.end_document()
-        self._moments.add(values_K)
+    def add(self, values_R: np.ndarray, num_responses_G: np.ndarray) -> None:
+        _add_numbers(self.writer, values_R, num_responses_G)
+        self._moments.add(values_R, num_responses_G)
+
+    def sync(self) -> ColumnState:
+        return ColumnState(written=self.writer.sync(), moments=self._moments)
 
     def publish(self, *, tokens: str, identity: dict[str, str]) -> None:
-        files: dict[str, FileInfo] = {f"column.{self._name}.{end}": i for end, i in self._writer.finish().items()}
+        files: dict[str, FileInfo] = {f"column.{self._name}.{end}": i for end, i in self.writer.finish().items()}
         record = ColumnManifest(
             format=FORMAT,
             tokens=tokens,
@@ -226,11 +291,8 @@ class _ColumnWriter:
             files=files,
         )
         Path(f"{self._prefix}.json").unlink(missing_ok=True)
-        self._writer.publish()
+        self.writer.publish()
         write_record(record, Path(f"{self._prefix}.json"))
-
-    def abort(self) -> None:
-        self._writer.abort()
 
 
 def _checked(store: Store, values: Iterable[np.ndarray], *, what: str) -> Iterable[np.ndarray]:
@@ -239,9 +301,15 @@ def _checked(store: Store, values: Iterable[np.ndarray], *, what: str) -> Iterab
     for num_groups, value in enumerate(values, start=1):
         if num_groups > len(store):
             raise ValueError(f"{what}: more than the {len(store)} groups of '{store.prefix}'")
-        yield _finite_float32(value, int(store.num_responses_D[num_groups - 1]), f"{what} of group {num_groups - 1}")
+        value_K = float32(value)
+        check_finite(value_K, size=int(store.num_responses_D[num_groups - 1]), what=f"{what} of group {num_groups - 1}")
+        yield value_K
     if num_groups < len(store):
         raise ValueError(f"{what} of {num_groups} groups, '{store.prefix}' has {len(store)}")
+
+
+def _column_prefix(prefix: str, name: str) -> str:
+    return f"{prefix}.column.{name}"
 
 
 def _remove_columns(prefix: str) -> None:
@@ -251,11 +319,6 @@ def _remove_columns(prefix: str) -> None:
             path.unlink()
 
 
-def _finite_float32(values: np.ndarray, size: int, what: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows float32 is infinite and refused below
-        stored = np.asarray(values).astype(FLOAT32)
-    if stored.shape != (size,):
-        raise ValueError(f"{what}: expected {size} numbers, got shape {stored.shape}")
-    if not np.isfinite(stored).all():
-        raise ValueError(f"{what}: {stored} are not all finite")
-    return stored
+def _add_numbers(writer: IndexedWriter, values_R: np.ndarray, num_responses_G: np.ndarray) -> None:
+    """One number per response: a document of one sequence for each group."""
+    writer.add_documents(values_R, length_S=num_responses_G, num_sequences_D=np.ones_like(num_responses_G))

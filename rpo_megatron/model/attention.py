@@ -5,7 +5,9 @@ full score matrix. Nothing quadratic in the row is ever built. There are several
 chosen by name when a model is built:
 
     sdpa     torch's scaled_dot_product_attention per segment, on any device: public API, and the others' oracle
-    merged   prompts and responses in two flash-attention passes (merged.py), without copies of keys; CPU
+    merged   prompts and responses in two flash-attention passes (merged.py), no copies of keys; CPU. Where a window or
+             a soft-cap applies, sdpa takes its place
+    flex     torch's FlexAttention (flex.py), one block-sparse kernel for the row; GPU, not yet run on one
 """
 
 import math
@@ -19,13 +21,15 @@ from megatron.core.transformer.module import MegatronModule
 
 from rpo_megatron.distributed import Axis
 from rpo_megatron.model.context import attend_over_heads
+from rpo_megatron.model.flex import build_mask, flex_attention
 from rpo_megatron.model.merged import merged_attention
 from rpo_megatron.model.row import Segments
+from rpo_megatron.model.shape import ModelShape
 
 Attend = Callable[..., torch.Tensor]
 """(query [T, 1, h, d], key and value [T, 1, g, d], segments, *, scale) -> [T, 1, h, d]: T tokens, h query heads of this
 tensor rank, g heads of keys and values, d numbers per head."""
-AttentionName = Literal["auto", "sdpa", "merged"]
+AttentionName = Literal["auto", "sdpa", "merged", "flex"]
 
 
 def choose_attention(name: AttentionName, device: torch.device) -> AttentionName:
@@ -36,10 +40,18 @@ def choose_attention(name: AttentionName, device: torch.device) -> AttentionName
 
 
 def segment_attention(
-    query_T1hd: torch.Tensor, key_T1gd: torch.Tensor, value_T1gd: torch.Tensor, segments: Segments, *, scale: float
+    query_T1hd: torch.Tensor,
+    key_T1gd: torch.Tensor,
+    value_T1gd: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """A call per segment. A response that shares its prompt has the keys [prompt, response], joined for it, and a mask
-    of response x (prompt + response) numbers, made once per row and used by all layers."""
+    of response x (prompt + response) numbers, made once per row and used by all layers; so has a segment that is longer
+    than `window`, how many last tokens a token sees."""
     queries, keys, values = (
         [part.permute(1, 2, 0, 3) for part in tensor.split(segments.lengths)]
         for tensor in (query_T1hd, key_T1gd, value_T1gd)
@@ -49,7 +61,12 @@ def segment_attention(
         keys_i, values_i, mask = keys[i], values[i], None
         if prompt >= 0:
             keys_i, values_i = torch.cat([keys[prompt], keys_i], 2), torch.cat([values[prompt], values_i], 2)
-            mask = segments.mask(i, dtype=query_T1hd.dtype, device=query_T1hd.device)
+        seen = None if window is None or window >= keys_i.shape[2] else window
+        if prompt >= 0 or seen is not None or softcap is not None:
+            mask = segments.mask(i, window=seen, dtype=query_T1hd.dtype, device=query_T1hd.device)
+        if softcap is not None:
+            outputs.append(_softcapped(queries[i], keys_i, values_i, mask, scale=scale, softcap=softcap))
+            continue
         output = F.scaled_dot_product_attention(
             queries[i],
             keys_i,
@@ -63,7 +80,59 @@ def segment_attention(
     return torch.cat(outputs)
 
 
-ATTENTION: dict[AttentionName, Attend] = {"sdpa": segment_attention, "merged": merged_attention}
+def _softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, *, scale: float, softcap: float
+) -> torch.Tensor:
+    """[t, 1, h, d] from query [1, h, t, d], key and value [1, g, s, d]: scores z become softcap * tanh(z / softcap)
+    before the softmax (Gemma 2, arXiv 2408.00118, section 2). torch has no kernel for this: the scores of the segment
+    exist, in fp32."""
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * (scale / softcap)
+    weights = (scores.tanh() * softcap + mask).softmax(-1)
+    return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2).permute(2, 0, 1, 3)
+
+
+def block_attention(
+    query_T1hd: torch.Tensor,
+    key_T1gd: torch.Tensor,
+    value_T1gd: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """FlexAttention, with a mask that is made once per row for all layers of the same window."""
+    if window not in segments.blocks:
+        device = query_T1hd.device
+        segments.blocks[window] = build_mask(segments.lengths, segments.prompts, device=device, window=window)
+    return flex_attention(query_T1hd, key_T1gd, value_T1gd, segments.blocks[window], scale=scale, softcap=softcap)
+
+
+ATTENTION: dict[AttentionName, Attend] = {
+    "sdpa": segment_attention,
+    "merged": merged_attention,
+    "flex": block_attention,
+}
+
+
+def layer_attention(name: AttentionName, shape: ModelShape, layer: int, *, scale: float) -> Attend:
+    """Attention of layer `layer`, counted from 0: implementation `name`, except that a soft-cap, or a window that is
+    shorter than a row's longest text, takes sdpa in place of merged."""
+    window, softcap = shape.window(layer), shape.attention_softcap
+    if name != "merged":
+        return partial(ATTENTION[name], scale=scale, window=window, softcap=softcap)
+    plain = partial(merged_attention, scale=scale)
+    masked = partial(segment_attention, scale=scale, window=window, softcap=softcap)
+    if softcap is not None:
+        return masked
+    if window is None:
+        return plain
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+        return (plain if segments.longest <= window else masked)(query, key, value, segments)
+
+    return attend
 
 
 class PackedAttention(MegatronModule):
@@ -79,11 +148,15 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         *,
         attention: AttentionName,
+        shape: ModelShape,
         cp: Axis,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.attend = partial(ATTENTION[attention], scale=softmax_scale or 1.0 / math.sqrt(config.kv_channels))
+        scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.stretch = shape.rope_scaling.attention_factor**2 if shape.rope_scaling is not None else 1.0
+        self.rotary_dim = shape.rotary_dim or shape.head_dim
+        self.attend = layer_attention(attention, shape, layer_number - 1, scale=scale)
         if cp.size > 1:
             self.attend = partial(attend_over_heads, self.attend, cp=cp)
 
@@ -100,6 +173,9 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
+        if self.stretch != 1.0:  # of queries and keys alike: here both times of the queries
+            turned, rest = query.tensor_split((self.rotary_dim,), dim=-1)
+            query = torch.cat((turned * self.stretch, rest), dim=-1)
         return self.attend(query, key, value, packed_seq_params).flatten(2)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

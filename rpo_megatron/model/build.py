@@ -3,10 +3,14 @@
 The one file that constructs megatron models (GPTModel is announced as deprecated from 0.20 on).
 """
 
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
@@ -19,9 +23,10 @@ from rpo_megatron.model import compat
 from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.context import sum_over_parts, whole_tokens
 from rpo_megatron.model.entropy import token_entropy
+from rpo_megatron.model.families import Activation
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
-from rpo_megatron.model.logprobs import scored_hidden, token_logprobs
+from rpo_megatron.model.logprobs import LogprobsName, choose_logprobs, scored_hidden, token_logprobs
 from rpo_megatron.model.precision import check_hardware, check_transformer_engine, megatron_fields
 from rpo_megatron.model.rotary import Rotary
 from rpo_megatron.model.row import Row
@@ -32,10 +37,15 @@ from rpo_megatron.model.token_kl import token_kl
 from rpo_megatron.model.vocab import VocabShard
 
 Precision = Literal["fp32", "bf16"]
+ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": squared_relu,
+}
 Recompute = Literal["none", "mlp", "full"]
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,7 +60,13 @@ class ScoringModel(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, groups: Groups, *, layers: TransformerBlockSubmodules
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        groups: Groups,
+        *,
+        layers: TransformerBlockSubmodules,
+        logprobs: LogprobsName,
     ) -> None:
         is_lm = shape.head == "lm"
         super().__init__(
@@ -67,6 +83,7 @@ class ScoringModel(GPTModel):
         self.shape = shape
         self.tp = groups.tp
         self.cp = groups.cp
+        self.logprobs = logprobs
         self.rotary = Rotary(shape, groups.device)
         if self.post_process and not is_lm:
             del self.output_layer
@@ -79,13 +96,15 @@ class ScoringModel(GPTModel):
         assert self.shape.head == "lm"
         tied = self.shape.tied_embeddings
         weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return VocabShard(weight_VH=weight_VH, vocab_size=self.shape.vocab_size, tp=self.tp)
+        return VocabShard(
+            weight_VH=weight_VH, vocab_size=self.shape.vocab_size, tp=self.tp, softcap=self.shape.logit_softcap
+        )
 
     def forward(self, row: Row, *, keep_hidden: bool = False, entropy: bool = False) -> torch.Tensor | Scores:
         """To the Scores of a model with an output layer, `keep_hidden` adds the hidden states at the scored positions,
         and `entropy` the entropy there."""
         here = slice(None) if row.part is None else row.part.tokens
-        hidden = self.embedding(input_ids=row.tokens_1T[:, here], position_ids=None) if self.pre_process else None
+        hidden = self._embed(row.tokens_1T[:, here]) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -97,6 +116,13 @@ class ScoringModel(GPTModel):
         if self.shape.head == "value":
             return Scores(value_GK=self._values(hidden, row))
         return self._token_scores(hidden, row, keep_hidden=keep_hidden, entropy=entropy)
+
+    def _embed(self, tokens_1T: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.embedding(input_ids=tokens_1T, position_ids=None)
+        if not self.shape.scaled_embedding:
+            return hidden
+        # Rounded to the weights' precision, as Gemma was trained: sqrt(3072) is 55.5 in bf16.
+        return hidden * torch.tensor(math.sqrt(self.shape.hidden_size), dtype=hidden.dtype).item()
 
     def _values(self, hidden_T1H: torch.Tensor, row: Row) -> torch.Tensor:
         position_GK, part = pooled_position(row, self.shape.pad_token), row.part
@@ -117,7 +143,7 @@ class ScoringModel(GPTModel):
             return number_M if part is None else whole_tokens(number_M, part, self.cp)
 
         return Scores(
-            logp_N=whole(token_logprobs(hidden_NH, shard, label_N)),
+            logp_N=whole(token_logprobs(hidden_NH, shard, label_N, impl=self.logprobs)),
             token_kl_N=None if row.reference is None else whole(token_kl(hidden_NH, shard, row.reference)),
             entropy_N=whole(token_entropy(hidden_NH, shard)) if entropy else None,
             hidden_NH=hidden_NH.detach() if keep_hidden else None,
@@ -156,16 +182,45 @@ def build(
         **RECOMPUTE[recompute],
         **megatron_fields(fp8, fp8_weights=fp8_weights),
     )
-    layers = _layers(config, kernels, fp8, groups)
-    model = ScoringModel(config, shape, groups, layers=layers).to(groups.device)
+    if shape.experts is not None:
+        compat.route_without_te()
+        compat.split_sizes_for_gloo()
+    layers = _layers(config, shape, kernels, fp8, groups)
+    logprobs = choose_logprobs(kernels.logprobs, groups.device)
+    model = ScoringModel(config, shape, groups, layers=layers, logprobs=logprobs).to(groups.device)
     compat.mark_sharded_weights(model)
     return model
 
 
-def wrap(model: ScoringModel) -> DistributedDataParallel:
-    """Megatron's data parallelism with gradients reduced in fp32 and sharded for the distributed optimizer."""
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(model.config, ddp, model)
+def wrap(model: ScoringModel, *, overlap: bool = False, bucket_size: int | None = None) -> DistributedDataParallel:
+    """Megatron's data parallelism with gradients reduced in fp32 and sharded for the distributed optimizer.
+
+    `overlap`: a bucket of gradients is reduced as soon as the backward of the last micro-batch has filled it, and a
+    bucket of updated weights is gathered when the next forward comes to it. Pipeline stages need no further alignment
+    (megatron's grad_sync_func and param_sync_func): every stage has one schedule chunk and starts by itself.
+    """
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+        bucket_size=bucket_size,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    if overlap:
+        model.config.no_sync_func = wrapped.no_sync  # only the last micro-batch's backward fills the buckets
+        if model.post_process and model.shape.head == "lm":
+            _gather_output_layer(model, wrapped)
+    return wrapped
+
+
+def _gather_output_layer(model: ScoringModel, wrapped: DistributedDataParallel) -> None:
+    """Wait for the output layer's weight before the head reads it. Megatron waits in a hook before the forward of the
+    module that a weight belongs to, and the output layer's forward never runs: the head takes its weight (vocab_shard).
+    Without this, a bucket that holds nothing else would keep the weight of the step before."""
+    weight_VH = model.vocab_shard.weight_VH
+    group = wrapped.param_to_bucket_group[weight_VH]
+    model.decoder.register_forward_hook(lambda *_: group.finish_param_sync())
 
 
 def choose_layers(kernels: KernelsConfig, fp8: Fp8Config) -> Literal["megatron", "transformer_engine"]:
@@ -176,14 +231,14 @@ def choose_layers(kernels: KernelsConfig, fp8: Fp8Config) -> Literal["megatron",
 
 
 def _layers(
-    config: TransformerConfig, kernels: KernelsConfig, fp8: Fp8Config, groups: Groups
+    config: TransformerConfig, shape: ModelShape, kernels: KernelsConfig, fp8: Fp8Config, groups: Groups
 ) -> TransformerBlockSubmodules:
     attention = choose_attention(kernels.attention, groups.device)
     if choose_layers(kernels, fp8) == "megatron":
-        return block_spec(config, attention=attention, cp=groups.cp)
+        return block_spec(config, shape, attention=attention, cp=groups.cp)
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
-    return te_block_spec(config, attention=attention, cp=groups.cp)
+    return te_block_spec(config, shape, attention=attention, cp=groups.cp)
 
 
 def transformer_config(
@@ -201,11 +256,14 @@ def transformer_config(
         tensor_model_parallel_size=groups.tp.size,
         pipeline_model_parallel_size=groups.pp.size,
         context_parallel_size=groups.cp.size,
+        expert_model_parallel_size=groups.ep.size,
         sequence_parallel=sequence_parallel,
         # The exact mean over the groups of the global batch: losses are sums, counts travel beside them, and megatron
         # divides once. "Token" in its name is whatever the count counts.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
+        # Megatron overlaps transfers between stages with computation only where a stage has several chunks of layers
+        # (overlap_p2p_comm with virtual stages), which ours have not: its 1F1B schedule refuses the setting.
         # Rows differ in length. Megatron's check asks for the all-to-all dispatcher even in dense models.
         variable_seq_lengths=groups.pp.size > 1,
         moe_token_dispatcher_type="alltoall",
@@ -235,13 +293,34 @@ def _architecture(shape: ModelShape) -> dict[str, Any]:
         "num_query_groups": shape.num_kv_heads,
         "kv_channels": shape.head_dim,
         "ffn_hidden_size": shape.ffn_size,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "normalization": "RMSNorm",
+        "gated_linear_unit": shape.gated,
+        "activation_func": ACTIVATIONS[shape.activation],
+        "normalization": "LayerNorm" if shape.norm == "layer1p" else "RMSNorm",
         "layernorm_epsilon": shape.norm_eps,
+        "layernorm_zero_centered_gamma": shape.norm.endswith("1p"),
+        "softmax_scale": shape.attention_scale,
         "qk_layernorm": shape.qk_norm,
         "add_bias_linear": False,
         "add_qkv_bias": shape.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        **_experts(shape),
+    }
+
+
+def _experts(shape: ModelShape) -> dict[str, Any]:
+    experts = shape.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_router_topk": experts.per_token,
+        # Softmax over the chosen experts gives the same as dividing their shares of all by their sum.
+        "moe_router_pre_softmax": not experts.normalise,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # A list also where all layers have experts: layers that differ are told apart in checkpoints by their number.
+        "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
     }

@@ -50,6 +50,40 @@ def mark_sharded_weights(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
 
 
+def route_without_te() -> None:
+    """Let megatron's router run where there is no Transformer Engine.
+
+    Why: megatron-core 0.16 asks whether `te_general_gemm` is None (moe_utils.py, RouterGatingLinearFunction), but
+    leaves the name undefined where Transformer Engine cannot be imported.
+    Remove when: megatron-core 0.16 is no longer supported.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    module: Any = moe_utils
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None
+
+
+def split_sizes_for_gloo() -> None:
+    """Let megatron's token dispatcher send tokens to experts on other ranks without a GPU.
+
+    Why: megatron-core (0.16.1 to 0.19.2) turns the split sizes of its all-to-all into numbers only where they are on a
+    GPU (moe_utils.py, maybe_move_tensor_to_cpu); gloo refuses tensors in their place.
+    Remove when: it does so for any tensor that is asked for `as_numpy`.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    move: Any = moe_utils.maybe_move_tensor_to_cpu
+
+    def move_or_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return move(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    module: Any = token_dispatcher
+    module.maybe_move_tensor_to_cpu = move_or_convert
+
+
 def save_strategy() -> Any:
     """The torch_dist checkpoint writer, writing from threads of this process.
 

@@ -1,17 +1,22 @@
 """The model families we train: the keys of config.json that we read, and what differs from one model_type to the next.
 
-A new family of the Llama kind is a row of FAMILIES. No torch and no numpy.
+A new family of known parts is a row of FAMILIES. No torch and no numpy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from rpo_megatron.errors import UserError
 
 Count = Annotated[int, msgspec.Meta(gt=0)]
+Norm = Literal["rms", "rms1p", "layer1p"]
+"""x / rms(x) * w;  x / rms(x) * (1 + w);  (x - mean) / std * (1 + w) + b."""
+Activation = Literal["silu", "gelu_tanh", "relu2"]
+ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+"""By transformers' name."""
 
 
 class HFRope(msgspec.Struct, kw_only=True):
@@ -23,12 +28,14 @@ class HFRope(msgspec.Struct, kw_only=True):
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
+    short_factor: list[float] | None = None
+    attention_factor: float | None = None
     original_max_position_embeddings: Count | None = None
     partial_rotary_factor: float | None = None
 
 
 class HFConfig(msgspec.Struct, kw_only=True):
-    """The keys of config.json that we read; a default is the one all supported families share."""
+    """The keys of config.json that we read; a default is the one that families share unless their row says other."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -49,38 +56,90 @@ class HFConfig(msgspec.Struct, kw_only=True):
     dtype: str | None = None
     torch_dtype: str | None = None
     rope_theta: float = 10_000.0
+    rope_local_base_freq: float | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
     original_max_position_embeddings: Count | None = None
     sliding_window: Count | None = None
     use_sliding_window: bool = False
+    sliding_window_pattern: Count = 6
     max_window_layers: int = 28
     layer_types: list[str] | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    num_local_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Count | None = None
+    norm_topk_prob: bool = True
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: Count = 1
 
 
-def _full_attention(config: HFConfig) -> int | None:
-    return None
+# ------------------------------------------------------------------------------------------------ windows
+
+Layers = Sequence[int]
 
 
-def _same_window_everywhere(config: HFConfig) -> int | None:
-    return config.sliding_window
+def _no_layer(config: HFConfig) -> Layers:
+    return ()
 
 
-def _window_of_upper_layers(config: HFConfig) -> int | None:
+def _every_layer(config: HFConfig) -> Layers:
+    return range(config.num_hidden_layers)
+
+
+def _if_switched_on(config: HFConfig) -> Layers:
+    return range(config.num_hidden_layers) if config.use_sliding_window else ()
+
+
+def _upper_layers(config: HFConfig) -> Layers:
     """Qwen's rule: only with use_sliding_window, and only from layer max_window_layers on."""
-    if not config.use_sliding_window or config.sliding_window is None:
+    if not config.use_sliding_window:
+        return ()
+    listed = _listed(config)
+    return range(config.max_window_layers, config.num_hidden_layers) if listed is None else listed
+
+
+def _every_other_layer(config: HFConfig) -> Layers:
+    listed = _listed(config)
+    return range(0, config.num_hidden_layers, 2) if listed is None else listed
+
+
+def _all_but_each_last(config: HFConfig) -> Layers:
+    """Gemma 3: of every `sliding_window_pattern` layers the last sees everything."""
+    listed = _listed(config)
+    pattern = config.sliding_window_pattern
+    return [i for i in range(config.num_hidden_layers) if (i + 1) % pattern] if listed is None else listed
+
+
+def _listed(config: HFConfig) -> Layers | None:
+    """Those that layer_types calls sliding; None where there is no such key."""
+    kinds = config.layer_types
+    if kinds is None:
         return None
-    layers = range(config.num_hidden_layers)
-    kinds = config.layer_types or [("full", "sliding")[i >= config.max_window_layers] + "_attention" for i in layers]
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) == {"sliding_attention"}:
-        return config.sliding_window
-    raise UserError(
-        f"use_sliding_window is true with max_window_layers={config.max_window_layers}: layers that mix full and "
-        "sliding attention are not supported; supported are all layers full, or all layers sliding"
-    )
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(
+            f"layer_types '{min(unknown)}' is not supported; supported are full_attention, sliding_attention"
+        )
+    if len(kinds) != config.num_hidden_layers:
+        raise UserError(f"layer_types has {len(kinds)} layers, num_hidden_layers says {config.num_hidden_layers}")
+    return [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """What a mixture of experts is called inside a layer of the Hugging Face files."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,34 +147,124 @@ class Family:
     """What distinguishes one model_type from the others."""
 
     class_prefix: str
-    """Of the names of transformers' classes, e.g. Llama in LlamaForCausalLM."""
+    """Of the names of transformers' reward model classes, e.g. Llama in LlamaForSequenceClassification."""
     qkv_bias: bool = False
     qk_norm: bool = False
-    window: Callable[[HFConfig], int | None] = _full_attention
+    fused: bool = False
+    """Query, key and value are one tensor in the files, and so are gate and up."""
+    gated: bool = True
+    """The feed-forward layer is down(act(gate(x)) * up(x)); else down(act(up(x)))."""
+    norm: Norm = "rms"
+    post_norms: bool = False
+    """Attention and feed-forward layer each have a second norm, before their result is added to the residual."""
+    partial_rotary: bool = False
+    """partial_rotary_factor is read: only the first numbers of a head are rotated."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the root of hidden_size."""
+    experts: ExpertNames | None = None
+    sliding: Callable[[HFConfig], Layers] = _no_layer
+    """Layers that see only the last `sliding_window` tokens, if config.json gives that number."""
     must_be_false: tuple[str, ...] = ()
-    """Keys of config.json that this family reads and that we support only when they are false."""
+    """Keys of config.json that this family reads and that we support only when they are false (or 0)."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Key of this family -> key of HFConfig that says the same."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out."""
 
+
+_QWEN_EXPERTS = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+_GEMMA: dict[str, Any] = {
+    "norm": "rms1p",
+    "post_norms": True,
+    "scaled_embedding": True,
+    "must_be_false": ("attention_bias", "use_bidirectional_attention"),
+    "renamed": {"hidden_activation": "hidden_act"},
+}
+_GEMMA_DEFAULTS = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(class_prefix="Llama", must_be_false=("attention_bias", "mlp_bias")),
     "mistral": Family(
         class_prefix="Mistral",
-        window=_same_window_everywhere,
+        sliding=_every_layer,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "mixtral": Family(
+        class_prefix="Mixtral",
+        experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+        sliding=_every_layer,
+        must_be_false=("router_jitter_noise",),
+        defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "qwen2": Family(
         class_prefix="Qwen2",
         qkv_bias=True,
-        window=_window_of_upper_layers,
+        sliding=_upper_layers,
         defaults={"num_key_value_heads": 32, "sliding_window": 4096},
     ),
     "qwen3": Family(
         class_prefix="Qwen3",
         qk_norm=True,
-        window=_window_of_upper_layers,
+        sliding=_upper_layers,
         must_be_false=("attention_bias",),
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
     ),
+    "qwen3_moe": Family(
+        class_prefix="Qwen3Moe",
+        qk_norm=True,
+        experts=_QWEN_EXPERTS,
+        sliding=_if_switched_on,
+        must_be_false=("attention_bias",),
+        renamed={"num_experts": "num_local_experts"},
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+    ),
+    "phi3": Family(class_prefix="Phi3", fused=True, partial_rotary=True, sliding=_every_layer),
+    "nemotron": Family(
+        class_prefix="Nemotron",
+        gated=False,
+        norm="layer1p",
+        partial_rotary=True,
+        must_be_false=("attention_bias", "mlp_bias"),
+        renamed={"norm_eps": "rms_norm_eps"},
+        defaults={"hidden_act": "relu2", "partial_rotary_factor": 0.5, "norm_eps": 1e-5},
+    ),
+    "gemma2": Family(
+        class_prefix="Gemma2",
+        sliding=_every_other_layer,
+        defaults={**_GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        class_prefix="Gemma3Text",
+        qk_norm=True,
+        sliding=_all_but_each_last,
+        defaults={**_GEMMA_DEFAULTS, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        **_GEMMA,
+    ),
 }
+REFUSED: Mapping[str, str] = {
+    "gemma3": "it reads images; save its language model alone (model_type gemma3_text) and train that",
+    "gpt_oss": "its attention has a learned sink in every softmax, and its released weights are in mxfp4",
+    "deepseek_v3": "its attention is multi-head latent attention, which our packed attention does not compute",
+    "deepseek_v2": "its attention is multi-head latent attention, which our packed attention does not compute",
+    "llama4": "it reads images, and its layers mix chunked attention with layers without positions",
+    "gemma": "it is Gemma 1; supported are gemma2 and gemma3_text",
+    "phi": "it is Phi-1 or Phi-2; supported is phi3 (Phi-3, Phi-3.5, Phi-4)",
+    "phimoe": "its router draws its experts one after the other (sparsemixer)",
+    "qwen2_moe": "its experts include a shared one with a gate; supported is qwen3_moe",
+}
+"""Families that users ask for and that we do not support: why."""

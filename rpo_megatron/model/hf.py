@@ -1,24 +1,8 @@
-"""Hugging Face <-> megatron weights of the Llama family: one table, and a split and its inverse over tensor ranks.
-
-    Hugging Face (model. ...)                  megatron                                             split
-    embed_tokens.weight                        embedding.word_embeddings.weight                     vocab
-    layers.i.input_layernorm.weight            decoder.layers.i.input_layernorm.weight              replicated
-    layers.i.self_attn.{q,k,v}_proj.*          decoder.layers.i.self_attention.linear_qkv.*         qkv
-    layers.i.self_attn.{q,k}_norm.weight       decoder.layers.i.self_attention.{q,k}_layernorm.*    replicated
-    layers.i.self_attn.o_proj.weight           decoder.layers.i.self_attention.linear_proj.weight   input
-    layers.i.post_attention_layernorm.weight   decoder.layers.i.pre_mlp_layernorm.weight            replicated
-    layers.i.mlp.{gate,up}_proj.weight         decoder.layers.i.mlp.linear_fc1.weight               gated
-    layers.i.mlp.down_proj.weight              decoder.layers.i.mlp.linear_fc2.weight               input
-    norm.weight                                decoder.final_layernorm.weight                       replicated
-    (no prefix) lm_head.weight                 output_layer.weight (absent when tied)               vocab
-    (no prefix) score.weight                   score.weight (a reward model's, for lm_head)         replicated
-
-Layers are numbered over the whole model, whatever the pipeline stage. Weights are [out, in].
-"""
+"""Hugging Face <-> megatron weights: a split and its inverse over tensor ranks, for every row of table.py."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,81 +10,11 @@ import torch.nn.functional as F
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.hf_io import HFReader
 from rpo_megatron.model.shape import ModelShape, padded_vocab
+from rpo_megatron.model.table import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT, Entry, Part, entries, hf_tensors
 
-Split = Literal["replicated", "vocab", "qkv", "gated", "input"]
-"""How one megatron tensor is made of Hugging Face ones and cut over T tensor ranks.
-
-    replicated   every rank holds all of it
-    vocab        rows, padded with zeros to `padded_vocab`, cut into T
-    qkv          rows, interleaved per kv head as [its query heads, key, value]; whole kv heads go to a rank
-    gated        rank r holds [its rows of gate; its rows of up]
-    input        columns, cut into T
-"""
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-SCORE = HF_SCORE = "score.weight"
 NOT_WEIGHTS = (".rotary_emb.inv_freq",)  # suffixes of buffers that old files carry and that config.json determines
 FLOATS = ("F64", "F32", "F16", "BF16")
 ROWS_AT_A_TIME = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One row of the table above."""
-
-    name: str
-    """megatron's name."""
-    sources: Mapping[str, tuple[int, ...]]
-    """Hugging Face's names in the order in which they are joined, each with its shape."""
-    split: Split
-
-
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def entries(shape: ModelShape) -> list[Entry]:
-    """Every weight of the model, once, in the order of the forward pass."""
-    vocab = (shape.vocab_size, shape.hidden_size)
-    rows = [_entry(EMBEDDING, "vocab", {HF_EMBEDDING: vocab})]
-    for i in range(shape.num_layers):
-        rows += _layer(shape, i)
-    rows.append(_entry("decoder.final_layernorm.weight", "replicated", {"model.norm.weight": (shape.hidden_size,)}))
-    if shape.head == "value":
-        rows.append(_entry(SCORE, "replicated", {HF_SCORE: (1, shape.hidden_size)}))
-    elif not shape.tied_embeddings:
-        rows.append(_entry(OUTPUT, "vocab", {HF_OUTPUT: vocab}))
-    return rows
-
-
-def _layer(shape: ModelShape, i: int) -> list[Entry]:
-    mega, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
-    hidden, ffn, head = shape.hidden_size, shape.ffn_size, shape.head_dim
-    q, kv = shape.num_heads * head, shape.num_kv_heads * head
-    out = {f"{hf}self_attn.q_proj": q, f"{hf}self_attn.k_proj": kv, f"{hf}self_attn.v_proj": kv}
-    attention, mlp = f"{mega}self_attention.", f"{mega}mlp."
-    rows = [_entry(f"{mega}input_layernorm.weight", "replicated", {f"{hf}input_layernorm.weight": (hidden,)})]
-    rows.append(_entry(f"{attention}linear_qkv.weight", "qkv", {f"{n}.weight": (o, hidden) for n, o in out.items()}))
-    if shape.qkv_bias:
-        rows.append(_entry(f"{attention}linear_qkv.bias", "qkv", {f"{n}.bias": (o,) for n, o in out.items()}))
-    if shape.qk_norm:
-        for x in "qk":
-            source = {f"{hf}self_attn.{x}_norm.weight": (head,)}
-            rows.append(_entry(f"{attention}{x}_layernorm.weight", "replicated", source))
-    gate_up = {f"{hf}mlp.gate_proj.weight": (ffn, hidden), f"{hf}mlp.up_proj.weight": (ffn, hidden)}
-    post_norm = {f"{hf}post_attention_layernorm.weight": (hidden,)}
-    return [
-        *rows,
-        _entry(f"{attention}linear_proj.weight", "input", {f"{hf}self_attn.o_proj.weight": (hidden, q)}),
-        _entry(f"{mega}pre_mlp_layernorm.weight", "replicated", post_norm),
-        _entry(f"{mlp}linear_fc1.weight", "gated", gate_up),
-        _entry(f"{mlp}linear_fc2.weight", "input", {f"{hf}mlp.down_proj.weight": (hidden, ffn)}),
-    ]
-
-
-def _entry(name: str, split: Split, sources: Mapping[str, tuple[int, ...]]) -> Entry:
-    return Entry(name=name, split=split, sources=sources)
-
 
 # ------------------------------------------------------------------------------------------------ split and join
 
@@ -112,9 +26,9 @@ def shard(entry: Entry, read: Callable[[str], Any], shape: ModelShape, *, tp_ran
     """
     if entry.split == "replicated":
         tp_rank, tp_size = 0, 1
-    parts = [_share(entry, read(name), full, shape, tp_rank, tp_size) for name, full in entry.sources.items()]
+    shares = [_share(entry, read(part.tensor), part, shape, tp_rank, tp_size) for part in entry.parts]
     blocks = _blocks(entry, shape, tp_size)
-    return torch.cat([part.unflatten(0, (blocks, -1)) for part in parts], dim=1).flatten(0, 1)
+    return torch.cat([share.unflatten(0, (blocks, -1)) for share in shares], dim=1).flatten(0, 1)
 
 
 def merge(entry: Entry, shards: list[torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
@@ -123,23 +37,24 @@ def merge(entry: Entry, shards: list[torch.Tensor], shape: ModelShape) -> dict[s
     if entry.split == "replicated":
         shards = shards[:1]
     blocks = _blocks(entry, shape, len(shards))
-    all_rows = sum(full[0] for full in entry.sources.values())
+    all_rows = sum(part.shape[0] for part in entry.parts)
     block_rows = shards[0].shape[0] // blocks
-    sizes = [block_rows * full[0] // all_rows for full in entry.sources.values()]
-    parts = [[p.flatten(0, 1) for p in s.unflatten(0, (blocks, -1)).split(sizes, dim=1)] for s in shards]
-    joined = [torch.cat(ranks, dim=_split_dim(entry)) for ranks in zip(*parts, strict=True)]
-    return {name: tensor[: full[0]] for tensor, (name, full) in zip(joined, entry.sources.items(), strict=True)}
+    sizes = [block_rows * part.shape[0] // all_rows for part in entry.parts]
+    cut = [[p.flatten(0, 1) for p in s.unflatten(0, (blocks, -1)).split(sizes, dim=1)] for s in shards]
+    joined: dict[str, list[torch.Tensor]] = {}
+    for part, ranks in zip(entry.parts, zip(*cut, strict=True), strict=True):
+        rows = torch.cat(ranks, dim=_split_dim(entry))[: part.shape[0]]
+        joined.setdefault(part.tensor, []).append(rows)
+    return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in joined.items()}
 
 
-def _share(
-    entry: Entry, source: Any, full: tuple[int, ...], shape: ModelShape, tp_rank: int, tp_size: int
-) -> torch.Tensor:
-    """Rank `tp_rank`'s contiguous share of one Hugging Face tensor; rows past its end are zeros."""
+def _share(entry: Entry, source: Any, part: Part, shape: ModelShape, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """Rank `tp_rank`'s contiguous share of a part; rows past its end are zeros."""
     if _split_dim(entry) == 1:
-        width = full[1] // tp_size
+        width = part.shape[1] // tp_size
         return source[:, tp_rank * width : (tp_rank + 1) * width]
-    rows = (padded_vocab(shape) if entry.split == "vocab" else full[0]) // tp_size
-    start, stop = (min(rank * rows, full[0]) for rank in (tp_rank, tp_rank + 1))
+    rows = (padded_vocab(shape) if entry.split == "vocab" else part.shape[0]) // tp_size
+    start, stop = (part.first_row + min(rank * rows, part.shape[0]) for rank in (tp_rank, tp_rank + 1))
     share = source[start:stop]
     return F.pad(share, (0, 0, 0, rows - (stop - start))) if stop - start < rows else share
 
@@ -163,16 +78,24 @@ class TensorSource(Protocol):
 
 
 def load_shards(
-    params: Mapping[str, torch.Tensor], *, reader: TensorSource, shape: ModelShape, tp_rank: int, tp_size: int
+    params: Mapping[str, torch.Tensor],
+    *,
+    reader: TensorSource,
+    shape: ModelShape,
+    tp_rank: int,
+    tp_size: int,
+    etp: tuple[int, int] | None = None,
 ) -> None:
     """Fill `params` ({megatron name with the global layer number: this rank's tensor}) in place, one at a time, cast
-    to their dtypes. `output_layer.weight` of a tied model, on the last pipeline stage, gets the embedding."""
+    to their dtypes. `output_layer.weight` of a tied model, on the last pipeline stage, gets the embedding. `etp` is
+    (rank, size) for the weights of experts, where they are split otherwise than the rest."""
     table = {entry.name: entry for entry in entries(shape)}
     table.setdefault(OUTPUT, replace(table[EMBEDDING], name=OUTPUT))
     assert params.keys() <= table.keys(), sorted(params.keys() - table.keys())
     with torch.no_grad():
         for name, param in params.items():
-            local = shard(table[name], reader.read, shape, tp_rank=tp_rank, tp_size=tp_size)
+            rank, size = etp if etp is not None and table[name].of_expert else (tp_rank, tp_size)
+            local = shard(table[name], reader.read, shape, tp_rank=rank, tp_size=size)
             assert local.shape == param.shape, f"{name}: {tuple(param.shape)} is to be filled by {tuple(local.shape)}"
             param.copy_(local)
 
@@ -182,7 +105,7 @@ def check_accounted(reader: HFReader, shape: ModelShape) -> None:
 
     A tied model's files may repeat the embedding as lm_head.weight, if it is the same.
     """
-    needed = {name: full for entry in entries(shape) for name, full in entry.sources.items()}
+    needed = hf_tensors(shape)
     if shape.tied_embeddings and HF_OUTPUT in reader.tensors:
         needed[HF_OUTPUT] = needed[HF_EMBEDDING]
     found = {name: info for name, info in reader.tensors.items() if not name.endswith(NOT_WEIGHTS)}

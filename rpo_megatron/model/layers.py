@@ -1,44 +1,75 @@
-"""The transformer layer as a megatron spec: megatron's own linear layers, our norm and our core attention.
+"""The transformer layer as a megatron spec: megatron's own linear layers, our norms and our core attention.
 
 The same layers run on CPU and GPU and need neither Transformer Engine nor apex.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from rpo_megatron.distributed import Axis
 from rpo_megatron.model.attention import AttentionName, PackedAttention
+from rpo_megatron.model.norms import NORMS, NormAndAdd
+from rpo_megatron.model.shape import ModelShape
 
 
-class RMSNorm(torch.nn.Module):
-    """Root mean square norm over the last dimension. Under sequence parallelism each TP rank sees its own rows, so
-    megatron must sum the weight's gradient over TP; it does so for parameters marked `sequence_parallel`."""
+class TwoBaseAttention(SelfAttention):
+    """SelfAttention of a model whose layers with a window have rotary frequencies of their own: of `rotary_pos_emb`
+    [2, T, 1, 1, d] it takes those of its layer."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel
+    def __init__(self, *args: Any, layer_number: int, shape: ModelShape, **kwargs: Any) -> None:
+        super().__init__(*args, layer_number=layer_number, **kwargs)
+        self.which = 0 if shape.window(layer_number - 1) is None else 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.which], **kwargs)
 
 
-def block_spec(config: Any, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
+def block_spec(config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    norm = NORMS[shape.norm]
+
+    def layer(num_experts: int | None) -> ModuleSpec:
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts,
+            moe_grouped_gemm=False,
+            normalization=config.normalization,
+            qk_layernorm=shape.qk_norm,
+        )
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        if shape.qk_norm:
+            # Replicated weights that see one rank's heads: megatron sums their gradients over TP by parameter name.
+            inside = spec.submodules.self_attention.submodules
+            inside.q_layernorm = inside.k_layernorm = norm
+        return complete(spec, config, shape, attention=attention, cp=cp)
+
+    return TransformerBlockSubmodules(layer_specs=of_stage(config, shape, layer), layer_norm=norm)
+
+
+def of_stage(config: Any, shape: ModelShape, layer: Callable[[int | None], ModuleSpec]) -> list[ModuleSpec]:
+    """The layers of this pipeline stage; `layer` makes one with so many experts, or without (None)."""
+    first = get_transformer_layer_offset(config)
+    numbers = range(first, first + get_num_layers_to_build(config))
+    count = shape.experts.count if shape.experts is not None else None
+    kinds = {experts: layer(count if experts else None) for experts in {shape.has_experts(i) for i in numbers}}
+    return [kinds[shape.has_experts(i)] for i in numbers]
+
+
+def complete(layer: ModuleSpec, config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis) -> ModuleSpec:
+    """Put into a layer of megatron's what is ours: core attention, and what megatron lacks of some families."""
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    inside = parts.self_attention.submodules
-    inside.core_attention = ModuleSpec(module=PackedAttention, params={"attention": attention, "cp": cp})
-    if config.qk_layernorm:
-        # Replicated weights that see one rank's heads: megatron sums their gradients over TP by parameter name.
-        inside.q_layernorm = inside.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    params = {"attention": attention, "shape": shape, "cp": cp}
+    parts.self_attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params=params)
+    if shape.post_norms:
+        post = ModuleSpec(module=NormAndAdd, params={"config": config, "norm": NORMS[shape.norm]})
+        parts.self_attn_bda = parts.mlp_bda = post
+    if shape.local_rope_theta is not None:
+        parts.self_attention.module = TwoBaseAttention
+        parts.self_attention.params = {**parts.self_attention.params, "shape": shape}
+    return layer

@@ -7,7 +7,7 @@ weight is split over the tensor ranks along the vocabulary, and so are the logit
 time (vocab.py).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,28 @@ from megatron.core.tensor_parallel import (
 )
 
 from rpo_megatron.distributed import Axis
-from rpo_megatron.model.vocab import LOWEST, Tiles, VocabShard, backpropagate, reduce_logits
+from rpo_megatron.errors import UserError
+from rpo_megatron.model import triton_logprobs
+from rpo_megatron.model.vocab import (
+    LOWEST,
+    Tiles,
+    VocabShard,
+    WeightGradient,
+    backpropagate,
+    merge_ranks,
+    reduce_logits,
+)
+
+LogprobsName = Literal["tiles", "triton"]
+
+
+def choose_logprobs(name: Literal["auto", "tiles", "triton"], device: torch.device) -> LogprobsName:
+    """`auto` is tiles. Raises UserError where Triton's kernels cannot run."""
+    if name == "auto":
+        return "tiles"
+    if name == "triton" and not (triton_logprobs.available() and device.type == "cuda"):
+        raise UserError("kernels.logprobs=triton needs a GPU, Triton and torch 2.10 or newer; set it to tiles, or auto")
+    return name
 
 
 def scored_hidden(
@@ -34,17 +55,21 @@ def scored_hidden(
     return copy_to_tensor_model_parallel_region(hidden_T1H[position_N, 0], group=tp.group)
 
 
-def token_logprobs(hidden_NH: torch.Tensor, shard: VocabShard, label_N: torch.Tensor) -> torch.Tensor:
+def token_logprobs(
+    hidden_NH: torch.Tensor, shard: VocabShard, label_N: torch.Tensor, *, impl: LogprobsName = "tiles"
+) -> torch.Tensor:
     """Log-probability of each label, fp32 [N], the same on every tensor rank; the N x V logits are never materialised.
 
-    `hidden_NH` comes from `scored_hidden`; it and the shard's weight get gradients.
+    `hidden_NH` comes from `scored_hidden`; it and the shard's weight get gradients. `impl` says what stands between
+    the matrix multiplications: torch (`tiles`), or a Triton kernel each way (triton_logprobs.py).
 
     1. Of each tile, a row keeps the largest logit, the sum of exponentials and, if it is there, the label's logit.
     2. Tiles, then tensor ranks, are merged.
     3. Backward makes each tile's logits again: their gradient is onehot(label) - p. That of the weight is added up in
        fp32.
     """
-    logp_N: torch.Tensor = _TokenLogProbs.apply(hidden_NH, shard.weight_VH, label_N, shard)
+    function = _TritonLogProbs if impl == "triton" else _TokenLogProbs
+    logp_N: torch.Tensor = function.apply(hidden_NH, shard.weight_VH, label_N, shard)
     return logp_N
 
 
@@ -92,6 +117,30 @@ class _TokenLogProbs(torch.autograd.Function):
 
         tiles = Tiles(ctx.shard, hidden_NH.shape[0])
         return *backpropagate(hidden_NH, ctx.shard, tiles, gradient), None, None
+
+
+class _TritonLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, label_N: torch.Tensor, shard: VocabShard
+    ) -> torch.Tensor:
+        column_N = label_N - shard.first_word
+        options: dict[str, Any] = {"num_words": shard.num_words, "softcap": shard.softcap}
+        local_3N = triton_logprobs.forward_statistics(hidden_NH, weight_VH, column_N, **options)
+        max_N, sum_N, label_logit_N = merge_ranks(local_3N, shard.tp, _merge)
+        ctx.shard, ctx.options = shard, options
+        ctx.save_for_backward(hidden_NH, column_N, max_N, sum_N)
+        return label_logit_N - max_N - sum_N.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_NH, column_N, max_N, sum_N = ctx.saved_tensors
+        weight_VH = ctx.shard.weight_VH
+        total = WeightGradient(weight_VH)
+        grad_NH = triton_logprobs.backward(
+            grads[0], hidden_NH, weight_VH, column_N, max_N, sum_N, **ctx.options, grad_weight_VH=total.total_VH
+        )
+        return grad_NH, total.for_autograd(), None, None
 
 
 def _merge(parts_P3N: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,8 @@ def merged_attention(
     num_groups = key_T1gd.shape[2]
     # [g, r, T, d] and, one head for all r, [g, 1, T, d]: views, in the form that the kernels read
     query = query_T1hd[:, 0].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
-    key, value = (tensor.permute(2, 1, 0, 3) for tensor in (key_T1gd, value_T1gd))
+    # The value is a slice of what one linear layer made of queries, keys and values; kept as such it would keep it all.
+    key, value = (tensor.permute(2, 1, 0, 3) for tensor in (key_T1gd, value_T1gd.contiguous()))
     out: torch.Tensor = _Merged.apply(query, key, value, segments, scale)
     return out.permute(2, 0, 1, 3).reshape(query_T1hd.shape)
 

@@ -4,20 +4,25 @@ import math
 
 import torch
 
-from rpo_megatron.model.shape import ModelShape, RopeScaling
+from rpo_megatron.model.rope import RopeScaling
+from rpo_megatron.model.shape import ModelShape
 
 
 class Rotary(torch.nn.Module):
-    """positions_T -> angles [T, 1, 1, head_dim] in fp32, in the layout that megatron's attention applies."""
+    """positions_T -> angles [T, 1, 1, d] in fp32, in the layout that megatron's attention applies to the first d
+    numbers of a head; [2, T, 1, 1, d] where layers with a window have a base of their own: it comes second."""
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         super().__init__()
-        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
+        size = shape.rotary_dim or shape.head_dim
+        exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
         self.frequencies = _scaled(1.0 / shape.rope_theta**exponents, shape.rope_scaling)
+        if shape.local_rope_theta is not None:
+            self.frequencies = torch.stack((self.frequencies, 1.0 / shape.local_rope_theta**exponents))
 
     def forward(self, positions_T: torch.Tensor) -> torch.Tensor:
-        angles = torch.outer(positions_T.float(), self.frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        angles = positions_T.float()[:, None] * self.frequencies[..., None, :]
+        return torch.cat((angles, angles), dim=-1)[..., None, None, :]
 
 
 def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
@@ -25,6 +30,8 @@ def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Ten
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        return frequencies / torch.tensor(scaling.factors, dtype=torch.float32, device=frequencies.device)
     return _llama3(frequencies, scaling)
 
 

@@ -6,6 +6,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from rpo_megatron.model.context import Part
+from rpo_megatron.model.flex import FlexMask
 from rpo_megatron.model.scores import ReferenceTokens
 
 
@@ -22,17 +23,33 @@ class Segments(PackedSeqParams):
     """Segment lengths on the host, so that attention never waits for the device."""
     prompts: list[int] = field(default_factory=list)
     """For each segment the index of the earlier one that all of it also attends to, -1 for none."""
-    masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     """Made by `mask`, for all layers to use."""
+    blocks: dict[int | None, FlexMask] = field(default_factory=dict)
+    """The same for FlexAttention, by window."""
 
-    def mask(self, segment: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """What to add to the scores of a segment that shares a prompt, [length, prompt + length]: 0 where a token may
-        look (all of the prompt, and the segment up to itself), -inf elsewhere."""
-        length, context = self.lengths[segment], self.lengths[self.prompts[segment]]
-        if (length, context) not in self.masks:
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment and its prompt."""
+        return max(self._context(i) + length for i, length in enumerate(self.lengths))
+
+    def mask(
+        self, segment: int, *, window: int | None = None, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """What to add to the scores of a segment with its prompt before it, [length, prompt + length]: 0 where a token
+        may look (all of the prompt, and the segment up to itself; of these the last `window`), -inf elsewhere."""
+        length, context = self.lengths[segment], self._context(segment)
+        key = length, context, window
+        if key not in self.masks:
             hidden = torch.full((length, context + length), float("-inf"), dtype=dtype, device=device)
-            self.masks[length, context] = hidden.triu_(context + 1)
-        return self.masks[length, context]
+            self.masks[key] = hidden.triu(context + 1)
+            if window is not None:
+                self.masks[key] += hidden.tril_(context - window)
+        return self.masks[key]
+
+    def _context(self, segment: int) -> int:
+        prompt = self.prompts[segment]
+        return self.lengths[prompt] if prompt >= 0 else 0
 
 
 @dataclass(frozen=True, kw_only=True)

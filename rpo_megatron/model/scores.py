@@ -27,6 +27,11 @@ class Scores:
     """In the model's precision, detached. Hidden states at the scored positions (of this context rank's part of the
     row), for ReferenceTokens."""
 
+    @property
+    def device(self) -> torch.device:
+        """Asked by megatron's schedule of whatever a model with experts answers."""
+        return next(tensor.device for tensor in vars(self).values() if tensor is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceTokens:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import msgspec
 
 from rpo_megatron.errors import UserError, nearest
-from rpo_megatron.model.families import FAMILIES, Family, HFConfig, HFRope
+from rpo_megatron.model.families import ACTIVATIONS, FAMILIES, REFUSED, Activation, Family, HFConfig, Norm
+from rpo_megatron.model.rope import Rope, RopeScaling, read_rope
 
 VOCAB_MULTIPLE = 128
 Head = Literal["lm", "value"]
@@ -25,18 +26,18 @@ VALUE_ARCHITECTURE = "ForSequenceClassification"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long contexts."""
+class Experts:
+    """A mixture of experts in place of feed-forward layers."""
 
-    kind: Literal["llama3", "linear"]
-    factor: float
-    """Frequencies (or, for llama3, the low ones) are divided by this."""
-    low_freq_factor: float | None = None
-    """llama3 only: wavelengths above original_max_positions / low_freq_factor are stretched fully."""
-    high_freq_factor: float | None = None
-    """llama3 only: wavelengths below original_max_positions / high_freq_factor are left alone."""
-    original_max_positions: int | None = None
-    """llama3 only: the context length of pretraining, in tokens."""
+    count: int
+    per_token: int
+    """The best so many experts of a token compute it."""
+    ffn_size: int
+    """Of each expert; ModelShape.ffn_size is that of the layers without."""
+    normalise: bool
+    """The chosen experts' shares of a token sum to 1; else they are those of the softmax over all experts."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers without experts, counted from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,39 @@ class ModelShape:
     qk_norm: bool
     max_positions: int
     sliding_window: int | None
-    """Every layer attends to this many last tokens; None is full attention."""
+    """Layers attend to this many last tokens, except for `full_layers`; None is full attention everywhere."""
     dtype: str
     """torch's name of the dtype that config.json declares; float32 where it declares none."""
     head: Head = "lm"
     pad_token: int | None = None
     """The token that transformers passes over when it looks for a response's last one (see heads.pooled_position)."""
+    full_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that see everything although there is a `sliding_window`."""
+    rotary_dim: int | None = None
+    """How many numbers of a head are rotated, the first ones; None is all."""
+    local_rope_theta: float | None = None
+    """Base of rotary frequencies, which are then not stretched, in the layers with a window; None is `rope_theta`."""
+    attention_scale: float | None = None
+    """Factor of query . key; None is head_dim^-0.5."""
+    attention_softcap: float | None = None
+    """Attention scores s become softcap * tanh(s / softcap)."""
+    logit_softcap: float | None = None
+    """Logits, likewise."""
+    activation: Activation = "silu"
+    gated: bool = True
+    norm: Norm = "rms"
+    post_norms: bool = False
+    """Attention and feed-forward layer each have a norm of their result, too."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the root of hidden_size."""
+    experts: Experts | None = None
+
+    def window(self, layer: int) -> int | None:
+        """How many last tokens layer `layer`, counted from 0, attends to; None is all."""
+        return None if layer in self.full_layers else self.sliding_window
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and layer not in self.experts.dense_layers
 
 
 # ------------------------------------------------------------------------------------------------ config.json
@@ -100,38 +128,104 @@ def read_shape(directory: str | Path) -> ModelShape:
 
 def _shape(raw: dict[str, Any]) -> ModelShape:
     family = _family(raw)
-    config = msgspec.convert({**family.defaults, **raw}, type=HFConfig)
-    if config.hidden_act != "silu":
-        raise UserError(f"hidden_act '{config.hidden_act}' is not supported; supported is silu")
+    config = msgspec.convert(_renamed({**family.defaults, **raw}, family), type=HFConfig)
+    if config.hidden_act not in ACTIVATIONS:
+        raise UserError(f"hidden_act '{config.hidden_act}' is not supported; supported are {', '.join(ACTIVATIONS)}")
     num_kv_heads = config.num_key_value_heads or config.num_attention_heads
     if config.num_attention_heads % num_kv_heads:
         raise UserError(f"num_attention_heads={config.num_attention_heads} is no multiple of {num_kv_heads} kv heads")
-    if config.head_dim is None and config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"hidden_size={config.hidden_size} is no multiple of num_attention_heads={config.num_attention_heads}, "
-            "and there is no head_dim"
-        )
-    theta, scaling = _rope(config)
+    head_dim, rope, full = _head_dim(config), read_rope(config), _full_layers(config, family)
     return ModelShape(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=config.head_dim or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         ffn_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings,
         norm_eps=config.rms_norm_eps,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        max_positions=config.max_position_embeddings,
-        sliding_window=family.window(config),
+        max_positions=_max_positions(config, rope),
+        sliding_window=config.sliding_window if len(full) < config.num_hidden_layers else None,
         dtype=config.dtype or config.torch_dtype or "float32",
         head=_head(config),
         pad_token=config.pad_token_id if (config.pad_token_id or 0) >= 0 else None,
+        full_layers=full if len(full) < config.num_hidden_layers else (),
+        rotary_dim=_rotary_dim(head_dim, rope, family),
+        local_rope_theta=rope.local_theta,
+        attention_scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+        attention_softcap=config.attn_logit_softcapping,
+        logit_softcap=config.final_logit_softcapping,
+        activation=ACTIVATIONS[config.hidden_act],
+        gated=family.gated,
+        norm=family.norm,
+        post_norms=family.post_norms,
+        scaled_embedding=family.scaled_embedding,
+        experts=_experts(config, family),
+    )
+
+
+def _renamed(raw: dict[str, Any], family: Family) -> dict[str, Any]:
+    """With the keys that have a name of the family's own under those of HFConfig."""
+    own = {ours: raw[theirs] for theirs, ours in family.renamed.items() if raw.get(theirs) is not None}
+    return {**raw, **own}
+
+
+def _head_dim(config: HFConfig) -> int:
+    if config.head_dim is None and config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"hidden_size={config.hidden_size} is no multiple of num_attention_heads={config.num_attention_heads}, "
+            "and there is no head_dim"
+        )
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _rotary_dim(head_dim: int, rope: Rope, family: Family) -> int | None:
+    if rope.fraction != 1.0 and not family.partial_rotary:
+        raise UserError("partial_rotary_factor other than 1 is not supported: all of head_dim must be rotated")
+    size = int(head_dim * rope.fraction)
+    if size < 1 or size % 2:
+        raise UserError(f"partial_rotary_factor={rope.fraction} of head_dim={head_dim} is no even number of dimensions")
+    factors = rope.scaling.factors if rope.scaling is not None else None
+    if factors is not None and len(factors) != size // 2:
+        raise UserError(f"short_factor has {len(factors)} factors for {size // 2} frequencies")
+    return None if size == head_dim else size
+
+
+def _max_positions(config: HFConfig, rope: Rope) -> int:
+    if rope.scaling is not None and rope.scaling.kind == "longrope":
+        assert rope.scaling.original_max_positions is not None
+        return min(config.max_position_embeddings, rope.scaling.original_max_positions)
+    return config.max_position_embeddings
+
+
+def _full_layers(config: HFConfig, family: Family) -> tuple[int, ...]:
+    """Layers that attend to everything."""
+    sliding = set(family.sliding(config) if config.sliding_window is not None else ())
+    return tuple(i for i in range(config.num_hidden_layers) if i not in sliding)
+
+
+def _experts(config: HFConfig, family: Family) -> Experts | None:
+    if family.experts is None:
+        return None
+    count, per_token = config.num_local_experts, config.num_experts_per_tok
+    assert count is not None
+    assert per_token is not None
+    if per_token > count:
+        raise UserError(f"num_experts_per_tok={per_token} is more than the {count} experts there are")
+    without = config.mlp_only_layers or []
+    layers = range(config.num_hidden_layers)
+    return Experts(
+        count=count,
+        per_token=per_token,
+        ffn_size=config.moe_intermediate_size or config.intermediate_size,
+        normalise=config.norm_topk_prob,
+        dense_layers=tuple(i for i in layers if i in without or (i + 1) % config.decoder_sparse_step),
     )
 
 
@@ -150,47 +244,16 @@ def _head(config: HFConfig) -> Head:
 def _family(raw: dict[str, Any]) -> Family:
     name = str(raw.get("model_type"))
     if name not in FAMILIES:
-        hint = nearest(name, FAMILIES)
-        raise UserError(f"model_type '{name}' is not supported; supported are {', '.join(FAMILIES)}{hint}")
+        why = f" ({REFUSED[name]})" if name in REFUSED else ""
+        hint = "" if why else nearest(name, FAMILIES)
+        raise UserError(f"model_type '{name}' is not supported{why}; supported are {', '.join(FAMILIES)}{hint}")
     for key in FAMILIES[name].must_be_false:
         if raw.get(key):
-            raise UserError(f"{key}=true is not supported for {name}: only models without these biases are")
+            raise UserError(f"{key}={json.dumps(raw[key])} is not supported for {name}")
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
             raise UserError(f"{key}: quantised weights cannot be trained; use the unquantised model")
     return FAMILIES[name]
-
-
-def _rope(config: HFConfig) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). transformers 5 keeps both in rope_parameters; an old rope_scaling wins, as it does there."""
-    raw = config.rope_scaling or config.rope_parameters or {}
-    if any(isinstance(value, dict) for value in raw.values()):
-        raise UserError("rope_parameters that differ from layer to layer are not supported")
-    rope = msgspec.convert(raw, type=HFRope)
-    theta = rope.rope_theta or config.rope_theta
-    kind = rope.rope_type or rope.type or "default"
-    if (rope.partial_rotary_factor or config.partial_rotary_factor or 1.0) != 1.0:
-        raise UserError("partial_rotary_factor other than 1 is not supported: all of head_dim must be rotated")
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"rope type '{kind}' is not supported; supported are default, linear, llama3")
-    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
-    for key in needed:
-        if getattr(rope, key) is None:
-            raise UserError(f"rope type '{kind}' needs '{key}', which is missing")
-    assert rope.factor is not None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=rope.factor)
-    return theta, RopeScaling(
-        kind="llama3",
-        factor=rope.factor,
-        low_freq_factor=rope.low_freq_factor,
-        high_freq_factor=rope.high_freq_factor,
-        original_max_positions=config.original_max_position_embeddings
-        or rope.original_max_position_embeddings
-        or config.max_position_embeddings,
-    )
 
 
 # ------------------------------------------------------------------------------------------------ sizes that follow
@@ -207,22 +270,43 @@ def num_parameters(shape: ModelShape) -> int:
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention = shape.hidden_size * (2 * query + 2 * key_value)
     biases = (query + 2 * key_value) if shape.qkv_bias else 0
-    norms = 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
-    layer = attention + biases + norms + 3 * shape.hidden_size * shape.ffn_size
+    norm = shape.hidden_size * (2 if shape.norm == "layer1p" else 1)
+    norms = (4 if shape.post_norms else 2) * norm + (2 * shape.head_dim if shape.qk_norm else 0)
+    layers = shape.num_layers * (attention + biases + norms)
+    layers += sum(_feed_forward(shape, layer) for layer in range(shape.num_layers))
     embedding = shape.vocab_size * shape.hidden_size
     head = shape.hidden_size if shape.head == "value" else 0 if shape.tied_embeddings else embedding
-    return embedding + shape.num_layers * layer + shape.hidden_size + head
+    return embedding + layers + norm + head
 
 
-def check_layout(shape: ModelShape, *, tensor: int, pipeline: int, context: int = 1) -> None:
+def _feed_forward(shape: ModelShape, layer: int) -> int:
+    """Trained numbers of a layer's feed-forward part."""
+    per_column = (3 if shape.gated else 2) * shape.hidden_size
+    if not shape.has_experts(layer):
+        return per_column * shape.ffn_size
+    assert shape.experts is not None
+    return shape.experts.count * (per_column * shape.experts.ffn_size + shape.hidden_size)
+
+
+def check_layout(
+    shape: ModelShape, *, tensor: int, pipeline: int, context: int = 1, expert: int = 1, sequence: bool | None = None
+) -> None:
     """Raise UserError, with the nearest sizes that work, if the model cannot be split over tensor x pipeline x context
-    ranks."""
+    ranks. `sequence` is parallel.sequence where the model is to be run, None where its weights are only passed on."""
     split = {
         "heads": shape.num_heads,
         "kv heads": shape.num_kv_heads,
         "feed-forward columns": shape.ffn_size,
         "rows of the padded vocabulary": padded_vocab(shape),
     }
+    count = 1 if shape.experts is None else shape.experts.count
+    if count % expert:
+        what = "has no experts" if shape.experts is None else f"has {count} experts in a layer"
+        raise UserError(f"parallel.expert={expert} does not divide the experts: the model {what}")
+    if shape.experts is not None:
+        split["feed-forward columns of an expert"] = shape.experts.ffn_size
+        if tensor > 1 and sequence is False:
+            raise UserError("a model with experts needs parallel.sequence=true where parallel.tensor is more than 1")
     _check_divides("parallel.tensor", tensor, split)
     _check_divides("parallel.context", context, {"heads of a tensor rank": shape.num_heads // tensor})
     kv_heads = shape.num_kv_heads // tensor

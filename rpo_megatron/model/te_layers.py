@@ -10,25 +10,31 @@ from typing import Any
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from rpo_megatron.distributed import Axis
-from rpo_megatron.model.attention import AttentionName, PackedAttention
+from rpo_megatron.model.attention import AttentionName
+from rpo_megatron.model.layers import complete, of_stage
+from rpo_megatron.model.shape import ModelShape
 
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
 }
 
 
-def te_block_spec(config: Any, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
+def te_block_spec(config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    inside = layer.submodules.self_attention.submodules
-    inside.core_attention = ModuleSpec(module=PackedAttention, params={"attention": attention, "cp": cp})
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=transformer_engine.TENorm
-    )
+
+    def layer(num_experts: int | None) -> ModuleSpec:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=shape.qk_norm
+        )
+        return complete(spec, config, shape, attention=attention, cp=cp)
+
+    return TransformerBlockSubmodules(layer_specs=of_stage(config, shape, layer), layer_norm=transformer_engine.TENorm)
 
 
 def canonical_name(name: str) -> str:

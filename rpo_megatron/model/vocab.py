@@ -89,18 +89,23 @@ def reduce_logits(
     """Statistics of each row's logits over the whole vocabulary, fp32 [S, N], the same on every tensor rank.
 
     `statistics(logits_CW, rows, words)` gives the [S, C] of a tile and may write over the logits; `merge` joins those
-    of all tiles and then, after one all-gather, of all tensor ranks. `nothing` is what a part without words says.
+    of all tiles and then of all tensor ranks. `nothing` is what a part without words says.
     """
     device = hidden_NH.device
     local_SN = torch.tensor(nothing, dtype=torch.float32, device=device)[:, None].repeat(1, hidden_NH.shape[0])
     for rows in tiles.rows if tiles.words else []:
         parts = [statistics(tiles.logits(hidden_NH[rows], shard, words), rows, words) for words in tiles.words]
         local_SN[:, rows] = merge(torch.stack(parts))
-    if shard.tp.size == 1:
+    return merge_ranks(local_SN, shard.tp, merge)
+
+
+def merge_ranks(local_SN: torch.Tensor, tp: Axis, merge: Merge) -> torch.Tensor:
+    """What the vocabulary's shards say of each row, joined: one all-gather over the tensor ranks."""
+    if tp.size == 1:
         return local_SN
-    gathered = local_SN.new_empty(shard.tp.size * local_SN.shape[0], local_SN.shape[1])
-    dist.all_gather_into_tensor(gathered, local_SN, group=shard.tp.group)
-    return merge(gathered.unflatten(0, (shard.tp.size, -1)))
+    gathered = local_SN.new_empty(tp.size * local_SN.shape[0], local_SN.shape[1])
+    dist.all_gather_into_tensor(gathered, local_SN, group=tp.group)
+    return merge(gathered.unflatten(0, (tp.size, -1)))
 
 
 def backpropagate(
@@ -137,16 +142,16 @@ class WeightGradient:
         main: Any = getattr(weight_VH, "main_grad", None)
         self._weight: Any = weight_VH
         self._is_main = main is not None and main.dtype == torch.float32
-        self._total_VH = main if self._is_main else torch.zeros_like(weight_VH, dtype=torch.float32)
+        self.total_VH = main if self._is_main else torch.zeros_like(weight_VH, dtype=torch.float32)
 
     def add(self, words: slice, grad_CW: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-        add_product(self._total_VH[words], grad_CW.T, hidden_CH)
+        add_product(self.total_VH[words], grad_CW.T, hidden_CH)
 
     def for_autograd(self) -> torch.Tensor | None:
         """What backward returns. With megatron's buffer, that is only what makes megatron's hook for this weight run: a
         tensor that nobody reads, or nothing where the weight is also the embedding's, whose own gradient does it."""
         if not self._is_main:
-            return self._total_VH.to(self._weight.dtype)
+            return self.total_VH.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True
         return None if getattr(self._weight, "zero_out_wgrad", False) else torch.empty_like(self._weight)
 

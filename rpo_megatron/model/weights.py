@@ -2,16 +2,18 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rpo_megatron.distributed import Groups, gather_objects
 from rpo_megatron.model.build import ScoringModel
-from rpo_megatron.model.hf import SCORE, Entry, check_accounted, entries, load_shards, merge
+from rpo_megatron.model.hf import check_accounted, load_shards, merge
 from rpo_megatron.model.hf_io import HFReader
 from rpo_megatron.model.shape import Head, ModelShape
+from rpo_megatron.model.table import SCORE, Entry, entries, hf_tensors
 from rpo_megatron.model.te_layers import canonical_name
 
 
@@ -26,33 +28,47 @@ def load_hf(model: ScoringModel, directory: str, groups: Groups, *, head: Head) 
         wanted.pop(SCORE, None)
     with HFReader(directory) as reader:
         check_accounted(reader, replace(model.shape, head=head))
-        load_shards(wanted, reader=reader, shape=model.shape, tp_rank=groups.tp.rank, tp_size=groups.tp.size)
+        load_shards(wanted, reader=reader, shape=model.shape, **_place(groups))
 
 
 def draw_value_head(model: ScoringModel, seed: int, groups: Groups) -> None:
     """Fill the value head, on the stage that has it, as `load_random` would."""
     mine = {name: tensor for name, tensor in global_parameters(model).items() if name == SCORE}
     reader = _RandomTensors(model.shape, seed)
-    load_shards(mine, reader=reader, shape=model.shape, tp_rank=groups.tp.rank, tp_size=groups.tp.size)
+    load_shards(mine, reader=reader, shape=model.shape, **_place(groups))
 
 
 def load_random(model: ScoringModel, seed: int, groups: Groups) -> None:
     """Normal(0, 0.02) weights, unit norms, zero biases: a function of (seed, tensor name), the same in every layout."""
     reader = _RandomTensors(model.shape, seed)
-    load_shards(
-        global_parameters(model), reader=reader, shape=model.shape, tp_rank=groups.tp.rank, tp_size=groups.tp.size
-    )
+    load_shards(global_parameters(model), reader=reader, shape=model.shape, **_place(groups))
+
+
+def _place(groups: Groups) -> dict[str, Any]:
+    """Which shard of a weight is this rank's, for load_shards."""
+    return {"tp_rank": groups.tp.rank, "tp_size": groups.tp.size, "etp": (groups.etp.rank, groups.etp.size)}
 
 
 def global_parameters(model: ScoringModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by megatron's name, with the layer's index in the whole model instead of in this stage."""
+    """Parameters by the table's names: megatron's, with the layer's index in the whole model instead of in this stage,
+    and the expert's in the whole layer instead of on this rank."""
     named: dict[str, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = canonical_name(name).split(".", 3)
-            name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+            layer = model.decoder.layers[int(local)]
+            name = f"decoder.layers.{layer.layer_number - 1}.{_global_expert(layer, rest)}"
         named[name] = parameter
     return named
+
+
+def _global_expert(layer: Any, name: str) -> str:
+    """mlp.experts.local_experts.{local}.x -> mlp.experts.{in the whole layer}.x; other names as they are."""
+    prefix = "mlp.experts.local_experts."
+    if not name.startswith(prefix):
+        return name
+    local, rest = name.removeprefix(prefix).split(".", 1)
+    return f"mlp.experts.{layer.mlp.local_expert_indices[int(local)]}.{rest}"
 
 
 def gather_hf(model: ScoringModel, groups: Groups) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,20 +77,37 @@ def gather_hf(model: ScoringModel, groups: Groups) -> Iterator[tuple[str, torch.
     Every rank must run the iterator to its end; the others get empty tensors. Peak memory is one parameter.
     """
     mine = global_parameters(model)
-    stages = gather_objects((groups.rank, groups.pp.rank, groups.replicas.rank, groups.tp.rank, sorted(mine)))
+    holders = gather_objects(
+        _Holder(pp=groups.pp.rank, rank=groups.rank, tp=groups.tp.rank, etp=groups.etp.rank, names=frozenset(mine))
+    )
     for entry in entries(model.shape):
-        owners = _owners(stages, entry)
+        owners = _owners(holders, entry)
         shard = mine[entry.name].detach().cpu() if groups.rank in owners else None
         shards = _send_to_leader(shard, owners, groups)
-        tensors = merge(entry, shards, model.shape) if groups.leads else dict.fromkeys(entry.sources, torch.empty(0))
+        tensors = merge(entry, shards, model.shape) if groups.leads else dict.fromkeys(entry.tensors, torch.empty(0))
         yield from tensors.items()
 
 
-def _owners(stages: list[tuple[int, int, int, int, list[str]]], entry: Entry) -> list[int]:
-    """Global ranks that hold the parameter's shards, in TP order: first stage that has it, first replica."""
-    holding = [(pp, tp, rank) for rank, pp, replica, tp, names in stages if replica == 0 and entry.name in names]
-    first_stage = min(pp for pp, _, _ in holding)
-    return [rank for pp, _, rank in sorted(holding) if pp == first_stage]
+@dataclass(frozen=True, kw_only=True)
+class _Holder:
+    """What a process holds, and where it stands."""
+
+    pp: int
+    rank: int
+    tp: int
+    etp: int
+    names: frozenset[str]
+
+
+def _owners(holders: list[_Holder], entry: Entry) -> list[int]:
+    """Global ranks that hold the parameter's shards, in their order: of each shard, in the first stage that has it, the
+    first process that has it."""
+    first: dict[int, tuple[int, int]] = {}
+    for holder in holders:
+        if entry.name in holder.names:
+            shard, place = holder.etp if entry.of_expert else holder.tp, (holder.pp, holder.rank)
+            first[shard] = min(first.get(shard, place), place)
+    return [first[shard][1] for shard in sorted(first)]
 
 
 def _send_to_leader(shard: torch.Tensor | None, owners: list[int], groups: Groups) -> list[torch.Tensor]:
@@ -100,13 +133,14 @@ class _RandomTensors:
     """Looks like an HFReader; every tensor is drawn when it is asked for."""
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
-        self.sizes = {name: size for entry in entries(shape) for name, size in entry.sources.items()}
+        self.sizes = hf_tensors(shape)
+        self.unit_norm = torch.ones if shape.norm == "rms" else torch.zeros
         self.seed = seed
 
     def read(self, name: str) -> torch.Tensor:
         size = self.sizes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(size)
+            return self.unit_norm(size)
         if name.endswith(".bias"):
             return torch.zeros(size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))

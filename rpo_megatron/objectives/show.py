@@ -5,7 +5,7 @@ rpo methods dpo                  one row with the papers' recommended ranges
 rpo methods format=markdown      the table of the README
 """
 
-from rpo_megatron.config import MethodsConfig
+from rpo_megatron.config_verbs import MethodsConfig
 from rpo_megatron.objectives.catalogue import columns_read, describe, find
 from rpo_megatron.objectives.methods import METHODS
 from rpo_megatron.objectives.row import Knob, Method

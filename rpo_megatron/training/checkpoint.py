@@ -12,9 +12,10 @@ layout loads what any other wrote. A shard file is a pickle in part: load only c
 exchanged as safetensors (`rpo export`).
 """
 
+import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from rpo_megatron.fileio import fsync, fsync_tree, sha256, write_json, write_tex
 from rpo_megatron.model import compat
 from rpo_megatron.model.build import ScoringModel
 from rpo_megatron.model.companions import copy_companions
-from rpo_megatron.model.hf import SCORE
 from rpo_megatron.model.shape import VALUE_ARCHITECTURE, Head, ModelShape, read_shape
 from rpo_megatron.model.source import CHECKPOINTS, FORMAT, HF, LATEST, SHARDS, STATE, Source, read_state
+from rpo_megatron.model.table import SCORE
 from rpo_megatron.model.weights import draw_value_head, load_hf
 
 SHARDING = "fully_reshardable"
@@ -93,6 +94,7 @@ def save(
             "tensor": groups.tp.size,
             "pipeline": groups.pp.size,
             "context": groups.cp.size,
+            "expert": groups.ep.size,
             "data": groups.dp.size,
         },
         "megatron_core": megatron_version,
@@ -110,6 +112,7 @@ def load(model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunS
     """
     record = read_state(directory)
     _check_fits(directory, record, model, expected)
+    _check_experts(directory, record["layout"].get("expert", 1), groups)
     _verify(directory, record, groups)
     sharded = _sharded_state(model, optimizer, groups, is_loading=True)
     loaded = _load(sharded, directory, StrictHandling.RAISE_ALL)
@@ -215,6 +218,17 @@ def _check_fits(directory: Path, record: dict[str, Any], model: ScoringModel, ex
             )
 
 
+def _check_experts(directory: Path, saved: int, groups: Groups) -> None:
+    """megatron keeps two optimizers where experts are shared out over ranks and one where they are not, and cannot turn
+    one kind of checkpoint into the other. Weights alone load anywhere."""
+    if (saved > 1) != (groups.ep.size > 1):
+        raise UserError(
+            f"{directory}: its optimizer was saved with parallel.expert={saved}, which cannot be resumed with "
+            f"parallel.expert={groups.ep.size}: either both are 1 or neither is; or start a new run from its weights "
+            f"with model.path"
+        )
+
+
 def _difference(before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
@@ -223,8 +237,9 @@ def _difference(before: Any, now: Any) -> str:
 
 
 def _check_shape(directory: Path, record: dict[str, Any], shape: ModelShape) -> None:
-    ours = asdict(shape)
-    theirs = {"head": "lm", **record["model"]}  # checkpoints from before there were reward models do not say
+    ours = json.loads(json.dumps(asdict(shape)))
+    # What a checkpoint does not say was no choice yet when it was written.
+    theirs = {field.name: field.default for field in fields(shape)} | record["model"]
     different = [name for name in ours if name not in NOT_WEIGHTS and theirs.get(name) != ours[name]]
     if different:
         listed = ", ".join(f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in different)

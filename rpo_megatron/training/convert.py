@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
 from rpo_megatron import config_io
-from rpo_megatron.config import ExportConfig, ImportConfig, ParallelConfig
+from rpo_megatron.config import ParallelConfig
+from rpo_megatron.config_verbs import ExportConfig, ImportConfig
 from rpo_megatron.distributed import Groups, barrier, start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import ScoringModel, build
+from rpo_megatron.model.build import Precision, ScoringModel, build
 from rpo_megatron.model.companions import copy_companions
 from rpo_megatron.model.hf_io import HFWriter
 from rpo_megatron.model.shape import check_layout, num_parameters, read_shape
@@ -14,6 +17,7 @@ from rpo_megatron.model.source import find, read_state
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training import checkpoint
 from rpo_megatron.training.checkpoint import HF_DTYPES, RunState, load_weights
+from rpo_megatron.training.parity import verify
 
 
 def export(config: ExportConfig) -> None:
@@ -26,16 +30,22 @@ def export(config: ExportConfig) -> None:
     precision = read_state(source.path)["precision"]
     shape = read_shape(source.hf)
     check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
-    model = build(shape, precision=precision, sequence_parallel=False, groups=groups)
+    # Where the verification runs the model: without rounding, and experts ask for sequence parallelism.
+    inside: Precision = "fp32" if config.verify else precision
+    model = build(shape, precision=inside, sequence_parallel=config.tensor > 1, groups=groups)
     load_weights(model, source, groups)
     write_hf(model, config, source.hf, dtype=HF_DTYPES[precision], groups=groups)
     if groups.leads:
         print(f"exported {source.path} ({num_parameters(shape):,} parameters, {precision}) -> {config.save}")
+    if config.verify:
+        parity = verify(model, config.save, groups)
+        if groups.leads:
+            print(f"verified {config.save}: {parity}")
     stop()
 
 
 def write_hf(model: ScoringModel, config: ExportConfig, companions: Path, *, dtype: str, groups: Groups) -> None:
-    """Gather the model parameter by parameter and write it on rank 0."""
+    """Gather the model parameter by parameter and write it on rank 0, in `dtype` (torch's name)."""
     tensors = gather_hf(model, groups)
     if not groups.leads:
         for _ in tensors:
@@ -43,7 +53,7 @@ def write_hf(model: ScoringModel, config: ExportConfig, companions: Path, *, dty
     else:
         with HFWriter(config.save, max_shard_bytes=int(config.max_shard_gb * 1e9)) as writer:
             for name, tensor in tensors:
-                writer.add(name, tensor)
+                writer.add(name, tensor.to(getattr(torch, dtype)))
             copy_companions(companions, writer.staging, dtype=dtype, head=model.shape.head)
     barrier()  # all wait until the directory has its name
 

@@ -10,6 +10,7 @@ from rpo_megatron.errors import UserError
 from rpo_megatron.model.shape import check_layout, num_parameters, padded_vocab, stage_layers
 from rpo_megatron.objectives import catalogue
 from rpo_megatron.training.resolve import READS_REWARD, Plan, check_config
+from rpo_megatron.training.sidecar import state
 
 
 def print_config(config: RunConfig) -> None:
@@ -44,9 +45,11 @@ def model(plan: Plan) -> str:
 def layout(plan: Plan) -> str:
     parallel = plan.config.parallel
     sequence = " with sequence parallelism" if parallel.sequence else ""
-    model_ranks = parallel.tensor * parallel.pipeline
+    context = f" x context {parallel.context}" * (parallel.context > 1)
+    experts = f", experts over {parallel.expert}" * (parallel.expert > 1)
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     return (
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} ({stages(plan)}){sequence}; "
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} ({stages(plan)}){context}{experts}{sequence}; "
         f"data = processes / {model_ranks}"
     )
 
@@ -111,9 +114,21 @@ def reference(plan: Plan) -> str:
     if plan.reference == "none":
         return f"none: {plan.config.objective.method} reads no reference"
     text = f"{plan.reference}, {plan.reference_source.path}, weights {plan.reference_fingerprint[:12]}"
-    for opened in plan.stores:
-        plan.with_reference(opened)
-    return f"{text}; {_role(plan.reads)}"
+    if plan.config.reference.offload:
+        text += ", in host memory between its passes"
+    return f"{text}; {_role(plan.reads)}{_sidecars(plan)}"
+
+
+def _sidecars(plan: Plan) -> str:
+    """A line for each store: whether the stored reference is there."""
+    if plan.reference != "stored":
+        return ""
+    words = {
+        "there": "is there",
+        "missing": "is not there: `rpo train` makes it, with one pass over the store",
+        "outdated": "belongs to tokens that are no longer there: `rpo train` makes it, with one pass over the store",
+    }
+    return "".join(f"\n{store.prefix}.ref_logp {words[state(plan, store)]}" for store in plan.stores)
 
 
 def _role(reads: frozenset[str]) -> str:

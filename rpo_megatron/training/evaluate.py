@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpo_megatron.config import RunConfig
+from rpo_megatron.data.cost import CostModel, transformer_cost
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.data.store import Store
 from rpo_megatron.distributed import Groups, start, stop
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.shape import ModelShape, padded_vocab
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.statistics import Stats
@@ -73,9 +75,22 @@ def make_loader(plan: Plan, store: Store, groups: Groups) -> Loader:
         tokens_per_microbatch=config.data.tokens_per_microbatch,
         packing=config.data.packing,
         share_prompt=config.data.share_prompt,
+        cost=cost_model(plan.shape),
         dp_rank=groups.dp.rank,
         dp_size=groups.dp.size,
         multiple=plan.row_multiple,
+    )
+
+
+def cost_model(shape: ModelShape) -> CostModel:
+    """What the model's shape makes of lengths."""
+    return transformer_cost(
+        layers=shape.num_layers,
+        hidden=shape.hidden_size,
+        ffn=shape.ffn_size,
+        query_width=shape.num_heads * shape.head_dim,
+        key_width=shape.num_kv_heads * shape.head_dim,
+        output_width=padded_vocab(shape) if shape.head == "lm" else 0,
     )
 
 

@@ -69,7 +69,10 @@ def to_device(microbatch: MicroBatch, device: torch.device, *, cp: Axis | None =
     """`cp` is the context axis; None stands for one of size 1."""
 
     def tensor(array: Any) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        host = torch.from_numpy(array)
+        if device.type == "cuda":
+            host = host.pin_memory()  # from other memory the host would wait for every copy
+        return host.to(device, non_blocking=True)
 
     def optional(array: Any) -> torch.Tensor | None:
         return None if array is None else tensor(array)

@@ -9,9 +9,11 @@ from rpo_megatron import __version__
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.build import choose_layers
+from rpo_megatron.model.logprobs import choose_logprobs
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.training import describe
 from rpo_megatron.training.resolve import Plan
+from rpo_megatron.training.step import overlaps
 
 
 def show(plan: Plan, groups: Groups, *, resume_from: Path | None) -> None:
@@ -52,11 +54,13 @@ def _start(plan: Plan, resume_from: Path | None) -> str:
 
 def _layout(plan: Plan, groups: Groups) -> str:
     context = f" x context {groups.cp.size}" * (groups.cp.size > 1)
+    experts = f", experts over {groups.ep.size}" * (groups.ep.size > 1)
     sequence = ", sequence parallel" if plan.config.parallel.sequence else ""
+    overlap = ", reducing and gathering behind computation" * overlaps(plan.config.parallel, groups)
     device = "CPU (gloo)" if groups.device.type == "cpu" else f"{torch.cuda.get_device_name(groups.device)} (nccl)"
     return (
         f"{groups.world} process{'es' * (groups.world > 1)} = tensor {groups.tp.size} x pipeline {groups.pp.size} "
-        f"({describe.stages(plan)}){context} x data {groups.dp.size}{sequence}; {device}"
+        f"({describe.stages(plan)}){context} x data {groups.dp.size}{experts}{sequence}{overlap}; {device}"
     )
 
 
@@ -64,9 +68,11 @@ def _kernels(plan: Plan, groups: Groups) -> str:
     config = plan.config
     layers = choose_layers(config.kernels, config.fp8).replace("_", " ")
     again = {"none": "nothing", "mlp": "feed-forward layers", "full": "whole layers"}[config.recompute]
+    attention = choose_attention(config.kernels.attention, groups.device)
+    logprobs = choose_logprobs(config.kernels.logprobs, groups.device)
     return (
-        f"{choose_attention(config.kernels.attention, groups.device)} attention, {layers} layers, output layer in "
-        f"tiles without logits; {again} computed again in backward"
+        f"{attention} attention, {layers} layers, log-probabilities without logits ({logprobs}); {again} computed "
+        f"again in backward"
     )
 
 

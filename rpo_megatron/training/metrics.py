@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rpo_megatron.config import LoggingConfig
+from rpo_megatron.data.packing import Balance
 from rpo_megatron.distributed import Groups, gather_objects, sum_over_world
 from rpo_megatron.fileio import write_text_atomically
 from rpo_megatron.objectives.statistics import Stats, summarise
@@ -39,11 +40,15 @@ COLUMNS = (  # name, label, format
     ("calibration_error", "calib", ".3f"),
     ("grad_norm", "grad", ".3g"),
     ("lr", "lr", ".2e"),
+    ("useful", "useful", ".0%"),
+    ("imbalance", "imbalance", ".2f"),
     ("tokens_per_second", "tok/s", ".0f"),
     ("step_seconds", "s/step", ".2f"),
     ("memory_gb", "GB", ".2f"),
 )
 """The log line, in order; a record may lack some (a method without reference has no kl)."""
+PERFECT = {"useful": 1.0, "imbalance": 1.0}
+"""What the line passes over in silence; metrics.jsonl has it always."""
 MEANINGS = {
     "loss": "of the objective, mean over the groups",
     "accuracy": "share of pairs that the model orders as the rewards do (chance 0.5)",
@@ -102,6 +107,7 @@ class Metrics:
     """Collects steps on the device until a line is due, then reduces, prints and writes them."""
 
     _stats: Stats
+    _balances: list[Balance]
     _tokens: int
     _steps: int
     _since: float
@@ -114,10 +120,12 @@ class Metrics:
         self._outputs = _open_outputs(config, Path(run_dir)) if groups.leads else None
         self._start_line()
 
-    def add(self, stats: Stats, *, tokens: int) -> None:
-        """Take in one step: this rank's statistics, and the useful tokens of its rows."""
+    def add(self, stats: Stats, *, tokens: int, balance: Balance) -> None:
+        """Take in one step: this rank's statistics, the tokens of its rows without padding, and how well they fill the
+        rows and ranks of the whole step."""
         self._stats = merge_stats(self._stats, stats)
         self._tokens += tokens
+        self._balances.append(balance)
         self._steps += 1
 
     def due(self, step: int) -> bool:
@@ -134,6 +142,7 @@ class Metrics:
             **reduced.means,
             "grad_norm": grad_norm,
             "lr": lr,
+            **_waste(self._balances),
             "tokens_per_second": reduced.tokens / seconds,
             "step_seconds": seconds / self._steps,
             "memory_gb": reduced.memory_gb,
@@ -164,6 +173,7 @@ class Metrics:
     def _start_line(self) -> None:
         self._stats = {}
         self._tokens = 0
+        self._balances = []
         self._steps = 0
         self._since = time.perf_counter()
 
@@ -194,7 +204,12 @@ def _open_outputs(config: LoggingConfig, run_dir: Path) -> _Outputs:
 
 
 def format_line(record: dict[str, float]) -> str:
-    return " | ".join(f"{label} {record[name]:{form}}" for name, label, form in COLUMNS if name in record)
+    shown = [(name, label, f"{record[name]:{form}}", form) for name, label, form in COLUMNS if name in record]
+    return " | ".join(
+        f"{label} {text}"
+        for name, label, text, form in shown
+        if name not in PERFECT or text != format(PERFECT[name], form)
+    )
 
 
 def format_table(record: dict[str, float]) -> str:
@@ -211,6 +226,14 @@ def _first_evaluation(file: Path, about: dict[str, Any]) -> dict[str, Any] | Non
         if record["kind"] == "valid" and record["step"] == 0:
             return record if about.items() <= record.items() else None
     return None
+
+
+def _waste(balances: list[Balance]) -> dict[str, float]:
+    """Shares of sums over steps: a step counts for as much as it takes."""
+    return {
+        "useful": sum(one.useful_tokens for one in balances) / sum(one.row_tokens for one in balances),
+        "imbalance": sum(one.max_cost for one in balances) / sum(one.mean_cost for one in balances),
+    }
 
 
 def _changes(record: dict[str, float], *, first: dict[str, Any] | None) -> dict[str, float]:

@@ -3,10 +3,15 @@
 A method that reads no reference gets the identity and loads nothing; stored log-probs are already in the batches; a
 resident one is a second model that runs one forward-only pass over the step's batches, for its log-probs and, where
 the objective compares whole distributions (`token_kl`), its hidden states as well.
+
+An offloaded one is on the device for that pass only. Its weights never change, so "back to the host" moves nothing: the
+pinned copy there is the original, and the device's copy is dropped.
 """
 
 from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model.build import ScoringModel, build
@@ -21,8 +26,14 @@ def build_reference(plan: Plan, groups: Groups) -> Fill:
     """Raises UserError when the reference's weights cannot be loaded."""
     if plan.reference != "resident":
         return without_reference
-    complete = with_reference_tokens if "token_kl" in plan.reads else with_reference_logps
-    return partial(complete, load_reference(plan, groups))
+    model = load_reference(plan, groups)
+    compares = "token_kl" in plan.reads
+    fill = partial(with_reference_tokens if compares else with_reference_logps, model)
+    if not plan.config.reference.offload:
+        return fill
+    # The policy's pass compares its distributions with those of the reference's output layer: that one stays.
+    stays = {model.vocab_shard.weight_VH} if compares and groups.pp.last else set()
+    return offloaded(fill, [weight for weight in model.parameters() if weight not in stays], groups.device)
 
 
 def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
@@ -43,6 +54,27 @@ def load_reference(plan: Plan, groups: Groups) -> ScoringModel:
     )
     load_weights(model, plan.reference_source, groups)
     return model
+
+
+def offloaded(fill: Fill, weights: list[torch.nn.Parameter], device: torch.device) -> Fill:
+    """`fill` with these weights on the device while it runs and in host memory otherwise; pinned where that lets the
+    copy run beside the host."""
+    originals = [weight.data.cpu() for weight in weights]
+    if device.type == "cuda":
+        originals = [original.pin_memory() for original in originals]
+
+    def put(tensors: list[torch.Tensor]) -> None:
+        for weight, tensor in zip(weights, tensors, strict=True):
+            weight.data = tensor
+
+    def fill_and_leave(batches: list[Batch]) -> list[Batch]:
+        put([original.to(device, non_blocking=True, copy=True) for original in originals])
+        completed = fill(batches)
+        put(originals)
+        return completed
+
+    put(originals)
+    return fill_and_leave
 
 
 def without_reference(batches: list[Batch]) -> list[Batch]:

@@ -157,7 +157,14 @@ class Plan:
 
     def _check_layout(self, shape: ModelShape) -> None:
         parallel = self.config.parallel
-        check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context)
+        check_layout(
+            shape,
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            context=parallel.context,
+            expert=parallel.expert,
+            sequence=parallel.sequence,
+        )
 
     def _open(self, prefix: str) -> Store:
         store = Store.open(prefix)
@@ -200,6 +207,8 @@ def check_config(config: RunConfig) -> None:
         raise UserError("optimizer.min_lr is not used by optimizer.schedule=constant; remove it, or use cosine")
     if config.evaluation.every and config.data.valid is None:
         raise UserError("evaluation.every needs a held-out store: give data.valid, or set evaluation.every=0")
+    if config.parallel.bucket_size is not None and config.parallel.overlap is False:
+        raise UserError("parallel.bucket_size is not used by parallel.overlap=false; remove one of them")
     _check_fp8(config)
     _check_columns(config, reads=Plan(config=config).reads)
 
@@ -227,6 +236,11 @@ def _check_columns(config: RunConfig, *, reads: frozenset[str]) -> None:
         raise UserError(f"reference.path is not used: {method} reads no reference")
     if config.reference.mode == "stored" and not reads & READS_REFERENCE:
         raise UserError(f"reference.mode is not used: {method} reads no reference")
+    if config.reference.offload and (config.reference.mode == "stored" or not reads & READS_REFERENCE):
+        why = (
+            "reference.mode=stored keeps none in memory" if reads & READS_REFERENCE else f"{method} reads no reference"
+        )
+        raise UserError(f"reference.offload is not used: {why}; remove it")
     if config.reference.mode == "stored" and "token_kl" in reads:
         raise UserError(
             f"{method} with objective.kl_estimator=token compares whole distributions, which no store holds: set "
@@ -251,6 +265,8 @@ def _check_numbers(config: RunConfig) -> None:
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.context": config.parallel.context,
+        "parallel.expert": config.parallel.expert,
+        "parallel.bucket_size": config.parallel.bucket_size,
         "parallel.timeout_minutes": config.parallel.timeout_minutes,
         "optimizer.eps": config.optimizer.eps,
         "train.steps": config.train.steps,
@@ -278,6 +294,8 @@ def _check_numbers(config: RunConfig) -> None:
         "optimizer.clip_norm": config.optimizer.clip_norm,
         "evaluation.every": config.evaluation.every,
         "checkpoint.every": config.checkpoint.every,
+        "profile.steps": config.profile.steps,
+        "profile.skip": config.profile.skip,
     }
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
@@ -307,7 +325,7 @@ def _check_model_reads(store: Store, source: Source, shape: ModelShape) -> None:
             f"'{store.prefix}' was made with another tokenizer ({manifest.tokenizer.path}) than the one of the model "
             f"in {path}; prepare the data with tokenizer={source.hf}"
         )
-    limit = min(shape.max_positions, shape.sliding_window or shape.max_positions)
+    limit = shape.max_positions
     if manifest.max_length > limit:
         raise UserError(
             f"'{store.prefix}' has a prompt + response of {manifest.max_length} tokens, the model in {path} reads at "

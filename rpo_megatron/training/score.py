@@ -7,10 +7,16 @@
 
 Any layout may write it and any layout may read it. Memory stays bounded: a block of groups at a time goes through the
 model, and rank 0 appends its numbers. The stores need no rewards for any of this.
+
+`rpo train` with reference.mode=stored makes the first kind by itself where it is missing (sidecar.py); both run
+`score_reference`.
 """
 
+import contextlib
+import fcntl
+import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,7 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.data.manifest import COLUMN_NAME, REWARD
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.writer import write_column, write_reference
-from rpo_megatron.distributed import Groups, barrier, start, stop, sum_over_world
+from rpo_megatron.distributed import Groups, barrier, on_leader, start, stop, sum_over_world
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.objectives import objective as objectives
@@ -59,13 +65,64 @@ def score(config: RunConfig) -> None:
     check_config(config)
     plan = Plan(config=config)
     plan.check_models()
-    scorer = (_reference_scorer if config.score.what == "reference" else _column_scorer)(plan, groups)
-    for store in plan.stores:
-        _score_store(plan, store, scorer, groups)
+    if config.score.what == "reference":
+        _check_reference_wish(plan)
+        score_reference(plan, groups, plan.stores)
+    else:
+        scorer = _column_scorer(plan, groups)
+        for store in plan.stores:
+            _score_store(plan, store, scorer, groups)
     stop()
 
 
-def _reference_scorer(plan: Plan, groups: Groups) -> Scorer:
+def score_reference(plan: Plan, groups: Groups, stores: Sequence[Store]) -> None:
+    """Write the log-probabilities of the frozen reference next to stores of the run. Its weights are gone from memory
+    when this returns. Every rank must call this.
+
+    Raises UserError, before a weight is loaded, where nothing can be written and where another process is at it.
+    """
+    with contextlib.ExitStack() as locks:
+
+        def lock() -> None:
+            for store in stores:
+                locks.enter_context(_alone(store))
+
+        on_leader(lock)
+        scorer = _reference_scorer(plan, groups)
+        for store in stores:
+            _score_store(plan, store, scorer, groups)
+        del scorer
+    gc.collect()  # megatron's modules refer to each other in circles
+    torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """One process at a time writes next to a store: two would write into the same temporary file. The lock ends with
+    the process, however that ends."""
+    path = Path(f"{store.prefix}.ref_logp.lock")
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"the log-probabilities of the reference belong next to '{store.prefix}', where nothing can be written "
+            f"({path}: {error.strerror}); use reference.mode=resident, or copy the store to a directory of yours"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing the reference's log-probabilities of '{store.prefix}' (it holds {path}); "
+                f"start again when it is done, or use reference.mode=resident"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _check_reference_wish(plan: Plan) -> None:
     config = plan.config
     if plan.reference == "none":
         raise UserError(
@@ -75,6 +132,9 @@ def _reference_scorer(plan: Plan, groups: Groups) -> Scorer:
     for key, value in (("column", config.score.column), ("checkpoint", config.score.checkpoint)):
         if value is not None:
             raise UserError(f"score.{key} is not used by score.what=reference; remove it, or say `--with value`")
+
+
+def _reference_scorer(plan: Plan, groups: Groups) -> Scorer:
     return Scorer(
         model=load_reference(plan, groups),
         fill_reference=without_reference,

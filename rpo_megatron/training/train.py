@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 4 -m rpo_megatron train run.yaml parallel.tensor=2 parallel.pipeline=2
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rpo_megatron.data.loader import Loader
 from rpo_megatron.distributed import Groups, on_leader, start, stop
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import wrap
-from rpo_megatron.model.source import newest_checkpoint
+from rpo_megatron.model.source import newest_checkpoint, read_state
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.training import checkpoint, header
@@ -23,9 +24,13 @@ from rpo_megatron.training.forward import to_device
 from rpo_megatron.training.metrics import Metrics, drop_records_after
 from rpo_megatron.training.optimizer import build_optimizer, learning_rate
 from rpo_megatron.training.policy import build_policy, load_start
+from rpo_megatron.training.profile import Profiler, build_profiler, check_profile
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
-from rpo_megatron.training.step import train_step
+from rpo_megatron.training.score import score_reference
+from rpo_megatron.training.sidecar import State, to_make
+from rpo_megatron.training.signals import STOPPED, StopSignals, Vote
+from rpo_megatron.training.step import GradientNorms, StepResult, gather_weights, overlaps, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class Run:
     optimizer: Any
     evaluation: Evaluation | None
     metrics: Metrics
+    profiler: Profiler
     first_step: int
 
     @property
@@ -50,47 +56,81 @@ class Run:
 
 
 def train(config: RunConfig) -> None:
-    """Raises UserError before any weight is loaded if the config, the data and the model do not go together."""
+    """Raises UserError before any weight is loaded if the config, the data and the model do not go together, and exits
+    with STOPPED when a signal stopped the run."""
     groups = start(config.parallel)
     run = build_run(resolve(config), groups)
-    train_loop(run)
+    with StopSignals() as signals:
+        finished = train_loop(run, signals)
     run.metrics.close()
     stop()
+    if not finished:
+        sys.exit(STOPPED)
 
 
-def train_loop(run: Run) -> None:
-    config, num_steps = run.config, run.plan.num_steps
-    last_step = min(num_steps, config.train.stop_at or num_steps)
+def train_loop(run: Run, signals: StopSignals) -> bool:
+    """False if a signal stopped it."""
+    stop_vote = Vote(run.groups.device)
+    config, num_steps, norms = run.config, run.plan.num_steps, GradientNorms()
+    last_step = _last_step(run.plan)
     if run.first_step >= last_step and run.groups.leads:
         print(f"step {run.first_step} is reached already: nothing to train", flush=True)
     for step in range(run.first_step, last_step):
         _evaluate_if_due(run, step)
-        rows = run.loader.step(step)
-        batches = run.reference([to_device(row, run.groups.device, cp=run.groups.cp) for row in rows])
-        lr = learning_rate(config.optimizer, step, num_steps)
-        result = train_step(run.model, run.optimizer, batches, run.objective.at(step / num_steps), lr=lr)
-        run.metrics.add(result.stats, tokens=sum(row.num_real_tokens for row in rows))
         done = step + 1
-        if run.metrics.due(done):
-            run.metrics.log(done, lr=lr, grad_norm=result.grad_norm)
-        if done == last_step or (config.checkpoint.every and done % config.checkpoint.every == 0):
+        with run.profiler.step(step):
+            lr = learning_rate(config.optimizer, step, num_steps)
+            norms.add(done, _train_step(run, step, lr=lr).grad_norm)
+            if run.metrics.due(done):
+                with run.profiler.phase("logging"):
+                    run.metrics.log(done, lr=lr, grad_norm=norms.latest())
+        with run.metrics.paused():
+            run.profiler.report()
+        stops = stop_vote(signals.received)
+        if done == last_step or stops or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            norms.latest()  # or the run stops here
             _save(run, done)
+        if stops and done < last_step:
+            _say_stopped(run, done)
+            return False
     if last_step == num_steps:
         _evaluate_if_due(run, num_steps)
+    return True
+
+
+def _say_stopped(run: Run, step: int) -> None:
+    if run.groups.leads:
+        print(f"stopped by a signal after step {step}; the same command goes on from there", flush=True)
+
+
+def _train_step(run: Run, step: int, *, lr: float) -> StepResult:
+    phase = run.profiler.phase
+    with phase("data"):
+        data = run.loader.step(step)
+        batches = [to_device(row, run.groups.device, cp=run.groups.cp) for row in data.rows]
+    with phase("reference"):
+        batches = run.reference(batches)
+    objective = run.objective.at(step / run.plan.num_steps)
+    result = train_step(run.model, run.optimizer, batches, objective, lr=lr, profiler=run.profiler)
+    run.metrics.add(result.stats, tokens=sum(row.num_real_tokens for row in data.rows), balance=data.balance)
+    return result
 
 
 def build_run(plan: Plan, groups: Groups) -> Run:
     """All parts, the weights in place: drawn, read, or restored from the newest checkpoint of the run directory."""
     config = plan.config
     objective = objectives.build(config.objective)
-    for store in plan.stores:
-        plan.with_reference(store)  # a stored reference that does not fit is refused before any weight is loaded
+    missing = on_leader(lambda: to_make(plan))  # one that does not fit is refused before any weight is loaded
     resume_from = _open_run_dir(config)
+    done = 0 if resume_from is None else read_state(resume_from)["step"]
+    check_profile(config.profile, num_steps=_last_step(plan) - done)
     header.show(plan, groups, resume_from=resume_from)
+    if missing:
+        _make_reference(plan, groups, missing)
     policy = build_policy(plan, groups, shape=plan.shape)
     if resume_from is None:
         load_start(policy, plan, groups)
-    model = wrap(policy)
+    model = wrap(policy, overlap=overlaps(config.parallel, groups), bucket_size=config.parallel.bucket_size)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
     first_step = 0
     if resume_from is not None:
@@ -112,8 +152,22 @@ def build_run(plan: Plan, groups: Groups) -> Run:
         optimizer=optimizer,
         evaluation=evaluation,
         metrics=Metrics(config.logging, run_dir=config.run_dir, num_steps=plan.num_steps, groups=groups),
+        profiler=build_profiler(config, model, groups, first_step=first_step),
         first_step=first_step,
     )
+
+
+def _last_step(plan: Plan) -> int:
+    return min(plan.num_steps, plan.config.train.stop_at or plan.num_steps)
+
+
+def _make_reference(plan: Plan, groups: Groups, missing: dict[str, State]) -> None:
+    """Score the stores that lack the stored reference, before there is a policy in memory."""
+    why = {"missing": "is missing", "outdated": "was made for tokens that are no longer there"}
+    if groups.leads:
+        for prefix, state in missing.items():
+            print(f"{prefix}.ref_logp {why[state]}: one pass over it with the reference comes first", flush=True)
+    score_reference(plan, groups, [store for store in plan.stores if store.prefix in missing])
 
 
 def _open_run_dir(config: RunConfig) -> Path | None:
@@ -154,6 +208,7 @@ def _run_state(plan: Plan, *, step: int) -> RunState:
 def _save(run: Run, step: int) -> None:
     config = run.config
     directory = checkpoint.step_directory(config.run_dir, step)
+    gather_weights(run.model)
     with run.metrics.paused():
         checkpoint.save(
             run.model.module,

@@ -1,5 +1,6 @@
 """Tokenized groups: one prompt for all responses, one BOS, the end of turn with the response, nothing in between."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from rpo_megatron.data.chat import Chat, TokenizedGroup
 from rpo_megatron.data.layouts import RawGroup
 from rpo_megatron.data.template import ChatTemplate, load_template
-from rpo_megatron.data.tokenizer import Tokenizer
+from rpo_megatron.data.tokenizer import Tokenizer, encode_continuations
 from rpo_megatron.errors import UserError
 
 LLAMA2 = (
@@ -179,6 +180,54 @@ def test_no_character_is_lost_at_the_border(
             whole = tokenizer.decode([*group.prompt.tolist(), *response.ids.tolist()])
             assert whole.removeprefix("<s>").removesuffix("</s>").removesuffix("<|im_end|>") == prompt + text
             assert whole.endswith(("</s>", "<|im_end|>"))
+
+
+def one_by_one(tokenizer: Tokenizer, prompt: str, wholes: list[str]) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """Prompt and, for each response, its tokens and whether it was a boundary merge: a text at a time, in lists."""
+
+    def with_one_bos(text: str) -> list[int]:
+        ids, bos = tokenizer.encode([text])[0], tokenizer.bos_id
+        rest = list(itertools.dropwhile(lambda token: token == bos, ids))
+        return [bos, *rest] if bos is not None and (tokenizer.adds_bos or len(rest) < len(ids)) else ids
+
+    start = with_one_bos(prompt)
+    responses = []
+    assert tokenizer.eos_id is not None
+    for text in wholes:
+        ids = with_one_bos(text)
+        merged = ids[: len(start)] != start
+        rest = encode_continuations(tokenizer.encode, [text[len(prompt) :]])[0] if merged else ids[len(start) :]
+        ends = [i for i, token in enumerate(rest) if token in tokenizer.turn_end_ids]
+        is_closed = ends and not tokenizer.decode(rest[ends[-1] + 1 :]).strip()
+        responses.append((rest[: ends[-1] + 1] if is_closed else [*rest, tokenizer.eos_id], merged))
+    return start, responses
+
+
+TEXT = st.lists(
+    st.sampled_from(["a", "one", " ", "\n", "日", "?", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]), max_size=6
+).map("".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=2, max_size=3)), min_size=1, max_size=5))
+def test_many_groups_in_one_call(
+    chat_tokenizer: Tokenizer, sentencepiece_tokenizer: Tokenizer, groups: list[tuple[str, list[str]]]
+) -> None:
+    """Against lists, a text at a time: a border that is off by one, a BOS or a merged response that goes to a
+    neighbour, a prefix that is found in the tokens of the next text."""
+    for tokenizer in (chat_tokenizer, sentencepiece_tokenizer):
+        chat = Chat(tokenizer, None)
+        usable = [(p, r) for p, r in groups if tokenizer.adds_bos or tokenizer.encode([p])[0]]
+        raws = [raw(prompt, *responses) for prompt, responses in usable]
+        found = list(chat.tokenize_all([chat.lay_out(group) for group in raws]))
+        assert len(found) == len(usable)
+        for group, (prompt, responses) in zip(found, usable, strict=True):
+            start, expected = one_by_one(tokenizer, prompt, [prompt + response for response in responses])
+            assert group.prompt.tolist() == start
+            for response, (ids, merged) in zip(group.responses, expected, strict=True):
+                assert response.is_boundary_merge == merged
+                assert response.ids.tolist() == ids
+                assert response.is_empty == (set(ids) <= tokenizer.turn_end_ids)
 
 
 def test_empty_response_is_marked(chatml: Chat, sentencepiece_tokenizer: Tokenizer) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.config import InspectConfig, RewardsConfig
+from rpo_megatron.config import RewardsConfig
+from rpo_megatron.config_verbs import InspectConfig
 from rpo_megatron.data.manifest import TokenizerInfo
 from rpo_megatron.data.rewards import make_view
 from rpo_megatron.data.show import inspect

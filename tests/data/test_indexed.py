@@ -1,6 +1,8 @@
 """The indexed format: equal to Megatron's byte for byte, and nothing damaged opens."""
 
+import hashlib
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.data.indexed import DTYPE_OF_CODE, HEADER, IndexedReader, IndexedWriter, token_dtype
+from rpo_megatron.data.indexed import DTYPE_OF_CODE, HEADER, IndexedReader, token_dtype
+from rpo_megatron.data.indexed_writer import IndexedWriter
 from rpo_megatron.errors import UserError
 
 DOCUMENTS = [[[1, 2, 3], [4]], [[5, 6]], [[7], [], [8, 9, 10, 65535]]]
@@ -16,12 +19,16 @@ DOCUMENTS = [[[1, 2, 3], [4]], [[5, 6]], [[7], [], [8, 9, 10, 65535]]]
 
 def write(prefix: Path, documents: list[list[list[int]]], dtype: np.dtype) -> None:
     writer = IndexedWriter(str(prefix), dtype=dtype)
-    for document in documents:
-        for sequence in document:
-            writer.add(np.array(sequence, dtype=np.int64 if dtype.kind in "iu" else np.float64))
-        writer.end_document()
+    add(writer, documents)
     writer.finish()
     writer.publish()
+
+
+def add(writer: IndexedWriter, documents: list[list[list[int]]]) -> None:
+    for document in documents:
+        for sequence in document:
+            writer.add(np.array(sequence, dtype=np.int64 if writer.dtype.kind in "iu" else np.float64))
+        writer.end_document()
 
 
 @pytest.fixture
@@ -196,3 +203,51 @@ def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "blocks.idx").write_bytes(content)
     with pytest.raises(UserError, match="borders"):
         IndexedReader(str(tmp_path / "blocks"))
+
+
+def test_memory_does_not_grow_with_the_index(tmp_path: Path) -> None:
+    """A list of lengths takes 36 bytes a sequence, which at ten million groups of five is 1.8 GB. 192,000 groups, in
+    batches and (the last ones) one by one; what is left is the blocks of the index that are written at a time."""
+    num_groups, batch = 200_000, 10_000
+    length_S = np.tile(np.array([2, 1, 1, 1, 1]), batch)
+    num_sequences_D = np.full(batch, 5)
+    writer = IndexedWriter(str(tmp_path / "x"), dtype=np.dtype("<u2"))
+    tracemalloc.start()
+    for _ in range(num_groups // batch - 1):
+        writer.add_documents(np.ones(6 * batch, dtype=np.uint16), length_S=length_S, num_sequences_D=num_sequences_D)
+    for _ in range(2000):
+        for length in (2, 1, 1, 1, 1):
+            writer.add(np.ones(length, dtype=np.uint16))
+        writer.end_document()
+    kept, _ = tracemalloc.get_traced_memory()
+    writer.finish()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    writer.publish()
+    assert kept < 100_000  # not even one byte per group
+    assert most < 5 * 8 * (1 << 20)  # a few arrays of a block
+    reader = IndexedReader(str(tmp_path / "x"))
+    assert (len(reader), reader.num_documents) == (5 * 192_000, 192_000)
+    assert [part.size for part in reader.document(191_999)] == [2, 1, 1, 1, 1]
+
+
+def test_resumed_writer(tmp_path: Path) -> None:
+    """What stands behind the place that `sync` returned is cut off, in all three files; checksums cover both parts."""
+    write(tmp_path / "whole", DOCUMENTS, np.dtype("<u2"))
+    expected = [(tmp_path / f"whole.{suffix}").read_bytes() for suffix in ("bin", "idx")]
+    for cut in range(len(DOCUMENTS) + 1):
+        first = IndexedWriter(str(tmp_path / "x"), dtype=np.dtype("<u2"))
+        add(first, DOCUMENTS[:cut])
+        so_far = first.sync()
+        add(first, [[[9, 9]], [[9]]])
+        first.sync()
+        first.close()
+        assert so_far.is_there(str(tmp_path / "x"))
+        second = IndexedWriter(str(tmp_path / "x"), dtype=np.dtype("<u2"), resume=so_far)
+        add(second, DOCUMENTS[cut:])
+        files = second.finish()
+        second.publish()
+        found = [(tmp_path / f"x.{suffix}").read_bytes() for suffix in ("bin", "idx")]
+        assert found == expected
+        assert files["bin"].sha256 == hashlib.sha256(expected[0]).hexdigest()
+        assert not so_far.is_there(str(tmp_path / "x"))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rpo_megatron.config import ColumnsConfig
+from rpo_megatron.config_verbs import ColumnsConfig
 from rpo_megatron.data.layouts import RawGroup, check_columns, parse_row, transcript_messages
 from rpo_megatron.errors import UserError
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.data.loader import Loader
+from rpo_megatron.data.cost import CostModel
+from rpo_megatron.data.loader import Loader, Step
 from rpo_megatron.data.manifest import TokenizerInfo
 from rpo_megatron.data.microbatch import MicroBatch
 from rpo_megatron.data.store import Group, Store
@@ -42,6 +43,7 @@ def loader(store: Store, **changes: Any) -> Loader:
         "tokens_per_microbatch": 120,
         "packing": True,
         "share_prompt": False,
+        "cost": CostModel(per_pair=0.001, per_scored=0.2),
         "dp_rank": 0,
         "dp_size": 1,
         "multiple": 4,
@@ -81,10 +83,10 @@ def test_layout_and_packing_change_nothing(
     store: Store, step: int, groups_per_step: int, dp_size: int, budget: int, packing: bool
 ) -> None:
     """A global batch that depends on DP size, budget or packing, in groups, labels, rewards or random numbers."""
-    expected = contents(loader(store, groups_per_step=groups_per_step, packing=False).step(step))
+    expected = contents(loader(store, groups_per_step=groups_per_step, packing=False).step(step).rows)
     rows = all_ranks(
         store,
-        lambda one: one.step(step),
+        lambda one: one.step(step).rows,
         groups_per_step=groups_per_step,
         dp_size=dp_size,
         tokens_per_microbatch=budget,
@@ -97,27 +99,48 @@ def test_layout_and_packing_change_nothing(
 
 
 @fast
+@given(step=st.integers(0, 12), dp_size=st.integers(1, 5), budget=st.integers(1, 400), share_prompt=st.booleans())
+def test_every_rank_has_the_same_plan(store: Store, step: int, dp_size: int, budget: int, share_prompt: bool) -> None:
+    """Ranks that plan for themselves, or with lengths other than those of the rows they then build: what the plan says
+    of the whole step is what all ranks' rows add up to."""
+    changes = {"dp_size": dp_size, "tokens_per_microbatch": budget, "share_prompt": share_prompt}
+    steps = [loader(store, dp_rank=rank, **changes).step(step) for rank in range(dp_size)]
+    rows = [row for one in steps for row in one.rows]
+    balance = steps[0].balance
+    assert all(one.balance == balance for one in steps)
+    assert balance.row_tokens == sum(row.tokens_T.size for row in rows)
+    padding = sum(int(row.segments_S[-1]) for row in rows if row.has_padding)
+    assert balance.useful_tokens == balance.row_tokens - padding
+    assert balance.max_cost >= balance.mean_cost > 0
+
+
+@fast
 @given(seed=st.integers(0, 2**31), groups_per_step=st.integers(1, 30))
 def test_an_epoch_holds_every_group_once(store: Store, seed: int, groups_per_step: int) -> None:
     """A group lost or doubled at the border of steps or epochs: so many steps as make whole epochs."""
     one = loader(store, seed=seed, groups_per_step=groups_per_step)
-    seen = Counter(i for step in range(NUM_GROUPS) for row in one.step(step) for i in row.group_ids_G.tolist())
+    seen = Counter(i for step in range(NUM_GROUPS) for row in one.step(step).rows for i in row.group_ids_G.tolist())
     assert seen == {i: groups_per_step for i in range(NUM_GROUPS)}
 
 
 def test_a_step_over_two_epochs_draws_for_each(store: Store) -> None:
     """The second epoch of a step that repeats the random pairs of the first."""
-    found = contents(loader(store, groups_per_step=2 * NUM_GROUPS).step(0))
+    found = contents(loader(store, groups_per_step=2 * NUM_GROUPS).step(0).rows)
     draws = {i: {key[1] for key in found if key[0] == i} for i in range(NUM_GROUPS)}
     assert all(len(both) == 2 for both in draws.values())
 
 
-def same(ours: list[MicroBatch], theirs: list[MicroBatch]) -> bool:
-    return len(ours) == len(theirs) and all(
-        np.array_equal(getattr(a, name), getattr(b, name))
-        for a, b in zip(ours, theirs, strict=True)
-        for name in vars(a)
-        if isinstance(getattr(a, name), np.ndarray)
+def same(one: Step, other: Step) -> bool:
+    ours, theirs = one.rows, other.rows
+    return (
+        one.balance == other.balance
+        and len(ours) == len(theirs)
+        and all(
+            np.array_equal(getattr(a, name), getattr(b, name))
+            for a, b in zip(ours, theirs, strict=True)
+            for name in vars(a)
+            if isinstance(getattr(a, name), np.ndarray)
+        )
     )
 
 
@@ -149,7 +172,7 @@ def test_an_error_in_the_thread_reaches_the_caller(store: Store, monkeypatch: py
     """A damaged group that hangs the run or is skipped: raised by the step it belongs to, not before, and a step that
     can be read still can."""
     one = loader(store, groups_per_step=NUM_GROUPS // 2)
-    broken = set(contents(one.step(1)))
+    broken = set(contents(one.step(1).rows))
     bad = min(key[0] for key in broken)
     original = Store.group
 
@@ -160,10 +183,10 @@ def test_an_error_in_the_thread_reaches_the_caller(store: Store, monkeypatch: py
 
     monkeypatch.setattr(Store, "group", group)
     one = loader(store, groups_per_step=NUM_GROUPS // 2)
-    assert sum(row.num_groups for row in one.step(0)) == NUM_GROUPS // 2
+    assert sum(row.num_groups for row in one.step(0).rows) == NUM_GROUPS // 2
     with pytest.raises(UserError, match="damaged"):
         one.step(1)
-    assert one.step(0)
+    assert one.step(0).rows
 
 
 @pytest.mark.parametrize("key", ["groups_per_step", "tokens_per_microbatch"])

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpo_megatron.config import ColumnsConfig, PrepareConfig
-from rpo_megatron.data import prepare as prepare_module
+from rpo_megatron.config_verbs import ColumnsConfig, PrepareConfig
+from rpo_megatron.data import workers
 from rpo_megatron.data.prepare import prepare
 from rpo_megatron.data.store import Store
 from rpo_megatron.errors import UserError
@@ -202,7 +202,7 @@ def test_two_workers_write_the_same_bytes(
 ) -> None:
     """Chunks that come back out of order, or a template that only one process has, would change the store. Then the
     same two processes meet a bad row: the message is the one that a single process gives, nothing stays behind."""
-    monkeypatch.setattr(prepare_module, "FEW_CHUNKS", 2)
+    monkeypatch.setattr(workers, "FEW_CHUNKS", 0)
     rows = [listed(f"{i} {i}", ("one", i), ("two", -i), ("", 0), ("two", 1)) for i in range(300)]
     knobs = {"tokenizer": chat_directory, "duplicate": "keep"}
     one = run(rows, **knobs, output_prefix=str(tmp_path / "one" / "s"))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpo_megatron.config import RewardsConfig
+from rpo_megatron.data.cost import CostModel
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.data.rewards import make_view
 from rpo_megatron.data.store import Store
@@ -98,6 +99,7 @@ def test_rows_carry_the_columns(tmp_path: Path) -> None:
     raw = Store.open(prefix)
     store = raw.with_view(make_view(RewardsConfig(columns=("y", "x")), raw, source_column="origin"))
     options = {"seed": 0, "groups_per_step": 3, "tokens_per_microbatch": 40, "packing": True, "multiple": 4}
+    options["cost"] = CostModel(per_pair=0.0, per_scored=0.0)
     rows = [
         row
         for rank in range(4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpo_megatron.config import InspectConfig
+from rpo_megatron.config_verbs import InspectConfig
 from rpo_megatron.data.manifest import NO_TEMPLATE
 from rpo_megatron.data.show import inspect
 from rpo_megatron.data.store import Store

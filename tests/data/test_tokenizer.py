@@ -1,13 +1,20 @@
 """Two libraries behind one interface, and identities that survive a re-saved file but not another vocabulary."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rpo_megatron.data.tokenizer import Tokenizer, same_tokenizer, tokenizer_fingerprints
+from rpo_megatron.data.tokenizer import (
+    Tokenizer,
+    encode_continuations,
+    same_tokenizer,
+    tokenizer_fingerprints,
+)
 from rpo_megatron.errors import UserError
 
 TEXTS = ["Once upon a time", "one\n\ntwo  three", "é 日本 x", "", "a", "</s>", "well</s> then\n"]
@@ -56,7 +63,9 @@ def test_continuation_has_no_extra_space(chat_tokenizer: Tokenizer, sentencepiec
     for tokenizer in (chat_tokenizer, sentencepiece_tokenizer):
         for text in ("France", " France", "\nFrance", "\n\n one", "0 1"):
             [before] = tokenizer.encode(["the capital of"])
-            assert tokenizer.decode(before + tokenizer.encode_continuation(text)) == "the capital of" + text
+            assert (
+                tokenizer.decode(before + encode_continuations(tokenizer.encode, [text])[0]) == "the capital of" + text
+            )
 
 
 def test_pieces_join_split_characters(sentencepiece_tokenizer: Tokenizer) -> None:
@@ -135,4 +144,31 @@ def test_real_directory_and_its_model_agree(shared: Path) -> None:
     assert same_tokenizer(directory.fingerprints, model.fingerprints) is True
     assert (directory.bos_id, directory.eos_id, directory.adds_bos) == (model.bos_id, model.eos_id, model.adds_bos)
     assert directory.encode(TEXTS) == model.encode(TEXTS)
-    assert directory.encode_continuation("bar") == model.encode_continuation("bar")
+    assert encode_continuations(directory.encode, ["bar"]) == encode_continuations(model.encode, ["bar"])
+
+
+def test_settings_of_the_file_do_not_shorten_texts(chat_directory: str, tmp_path: Path) -> None:
+    """Many a tokenizer.json was saved with truncation and padding on; the library obeys them, transformers does not."""
+    from tokenizers import Tokenizer as Library
+
+    shutil.copytree(chat_directory, tmp_path / "t")
+    library = Library.from_file(f"{chat_directory}/tokenizer.json")
+    library.enable_truncation(2)
+    library.enable_padding(length=9)
+    library.save(str(tmp_path / "t" / "tokenizer.json"))
+    assert Tokenizer(str(tmp_path / "t")).encode(TEXTS) == Tokenizer(chat_directory).encode(TEXTS)
+
+
+def test_library_that_differs_is_not_called(chat_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of transformers that do more than the library below them, or have none."""
+    from tokenizers import Tokenizer as Library
+
+    expected = Tokenizer(chat_directory).encode(TEXTS)
+
+    def other(self: Library, texts: list[str], **_: bool) -> Any:
+        return self.encode_batch([text + "!" for text in texts])
+
+    monkeypatch.setattr(Library, "encode_batch_fast", other)
+    tokenizer = Tokenizer(chat_directory)
+    assert tokenizer.encode(TEXTS) == expected
+    assert tokenizer.definition is None

@@ -12,11 +12,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from rpo_megatron.config import OptimizerConfig
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model.build import ScoringModel, build, wrap
-from rpo_megatron.model.hf import SCORE
 from rpo_megatron.model.row import Row, Segments
 from rpo_megatron.model.scores import ReferenceTokens, Scores
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.model.source import Source
+from rpo_megatron.model.table import SCORE
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.optimizer import build_optimizer

@@ -7,14 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from rpo_megatron.model import build
-from rpo_megatron.model.layers import RMSNorm
+from rpo_megatron.model.norms import NORMS, Norm
+
+
+def norm_of(config: Any) -> Norm:
+    if config.normalization == "LayerNorm":
+        return "layer1p"
+    return "rms1p" if config.layernorm_zero_centered_gamma else "rms"
+
+
+class TENorm:
+    """As megatron's: which norm it becomes, the config says."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float) -> Any:
+        return NORMS[norm_of(config)](config, hidden_size, eps)
 
 
 class NormLinear(ColumnParallelLinear):
@@ -22,12 +35,13 @@ class NormLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)
-        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        norm = TENorm(config, input_size, config.layernorm_epsilon)
+        for name, parameter in norm.named_parameters():
+            self.register_parameter(f"layer_norm_{name}", parameter)
+        self.norm = [norm]  # in a list, so that its parameters are not registered twice
 
     def forward(self, x: torch.Tensor, *others: Any, **options: Any) -> Any:
-        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon)
-        return super().forward(normed, *others, **options)
+        return super().forward(self.norm[0](x), *others, **options)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         state = self.state_dict(prefix="", keep_vars=True)
@@ -47,7 +61,13 @@ class Provider:
         return NormLinear
 
     def layer_norm(self, **_: Any) -> type:
-        return RMSNorm
+        return TENorm
+
+    def grouped_mlp_modules(self, *options: bool) -> Any:
+        return LocalSpecProvider().grouped_mlp_modules(*options)
+
+    def activation_func(self) -> None:
+        return None
 
     def core_attention(self) -> type:
         return torch.nn.Identity  # replaced by ours
@@ -61,6 +81,6 @@ def stand_in() -> Iterator[None]:
     """While it lasts, kernels.layers=transformer_engine builds these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt_layer_specs, "TESpecProvider", Provider, raising=False)
-        patch.setattr(transformer_engine, "TENorm", RMSNorm)
+        patch.setattr(transformer_engine, "TENorm", TENorm)
         patch.setattr(build, "check_transformer_engine", lambda wanted_by: None)
         yield

@@ -1,14 +1,19 @@
 """Every implementation of core attention against a dense softmax in fp64: results and gradients."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.model.attention import ATTENTION, AttentionName
+from rpo_megatron.model.attention import ATTENTION, AttentionName, layer_attention
 from rpo_megatron.model.row import Segments
+from tests.model.test_hf import tiny_shape
 
 HEAD = 8
 
@@ -40,8 +45,17 @@ def tensors(num_tokens: int, *, groups: int, dtype: torch.dtype, seed: int = 0) 
     return [torch.randn(num_tokens, 1, h, HEAD, generator=generator).to(dtype).requires_grad_() for h in heads]
 
 
-def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """From the definition: a token sees its own segment up to itself, and all of its segment's prompt."""
+def dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """From the definition: a token sees its own segment up to itself, and all of its segment's prompt; of these the
+    last `window`, where a response's positions go on from its prompt's."""
     segment_T = torch.repeat_interleave(torch.tensor(segments.lengths))
     order_T = torch.arange(len(segment_T))
     own_TT = (segment_T[:, None] == segment_T) & (order_T[:, None] >= order_T)
@@ -49,14 +63,29 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments:
     repeats = query.shape[2] // key.shape[2]
     q, k, v = query[:, 0], key[:, 0].repeat_interleave(repeats, 1), value[:, 0].repeat_interleave(repeats, 1)
     scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(HEAD)
-    weights = scores.masked_fill(~(own_TT | shared_TT), float("-inf")).softmax(-1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    visible_TT = own_TT | shared_TT
+    if window is not None:
+        position_T = positions(segments)
+        visible_TT &= position_T[:, None] - position_T < window
+    weights = scores.masked_fill(~visible_TT, float("-inf")).softmax(-1)
     return torch.einsum("hts,shd->thd", weights, v)[:, None]
 
 
-def results(name: AttentionName | None, inputs: list[torch.Tensor], segments: Segments) -> list[torch.Tensor]:
+def positions(segments: Segments) -> torch.Tensor:
+    """Of each token in its text."""
+    starts = [segments.lengths[prompt] if prompt >= 0 else 0 for prompt in segments.prompts]
+    return torch.cat([start + torch.arange(n) for start, n in zip(starts, segments.lengths, strict=True)])
+
+
+def results(
+    name: AttentionName | None, inputs: list[torch.Tensor], segments: Segments, **rules: Any
+) -> list[torch.Tensor]:
     """[output, gradients of query, key and value], in fp64; of `dense` without a name."""
     *qkv, grad = inputs
-    output = dense(*qkv, segments) if name is None else ATTENTION[name](*qkv, segments, scale=1 / math.sqrt(HEAD))
+    attend: Callable[..., torch.Tensor] = dense if name is None else partial(ATTENTION[name], scale=1 / math.sqrt(HEAD))
+    output = attend(*qkv, segments, **rules)
     return [tensor.double() for tensor in (output, *torch.autograd.grad(output, qkv, grad))]
 
 
@@ -98,3 +127,40 @@ def test_large_scores_are_merged_without_overflow() -> None:
     assert all(tensor.isfinite().all() for tensor in got)
     for i in (0, 3):
         torch.testing.assert_close(got[i], want[i], rtol=1e-3, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    row=rows(),
+    groups=st.sampled_from([1, 2, 4]),
+    window=st.one_of(st.none(), st.integers(1, 15)),
+    softcap=st.sampled_from([None, 0.5, 3.0]),
+)
+def test_windows_and_softcaps_equal_dense_attention(
+    row: tuple[list[int], list[int]], groups: int, window: int | None, softcap: float | None
+) -> None:
+    """Catches a window that is off by one, that counts from the segment's start instead of its text's, or keeps the
+    whole prompt; a cap after the mask or before the scale."""
+    lengths, prompts = row
+    inputs = tensors(sum(lengths), groups=groups, dtype=torch.float32)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    rules = {"window": window, "softcap": softcap}
+    got = results("sdpa", inputs, Segments(lengths=lengths, prompts=prompts), **rules)
+    want = results(None, wide, Segments(lengths=lengths, prompts=prompts), **rules)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("lengths", [[5, 3, 4], [5, 3, 5], [9, 1]])
+def test_layers_follow_their_own_rules(name: AttentionName, lengths: list[int]) -> None:
+    """Catches a window on a layer that has none, dropped where a prompt and its response only together are longer than
+    it, or taken for longer ones; a soft-cap that is forgotten because there is no window."""
+    segments = Segments(lengths=lengths, prompts=[-1, *[0] * (len(lengths) - 1)])
+    query, key, value, _ = tensors(sum(lengths), groups=2, dtype=torch.float32)
+    sliding = replace(tiny_shape(), num_layers=2, sliding_window=9, full_layers=(1,))
+    capped = replace(tiny_shape(), attention_softcap=0.5)
+    for shape, layer in ((sliding, 0), (sliding, 1), (capped, 0)):
+        rules: dict[str, Any] = {"window": shape.window(layer), "softcap": shape.attention_softcap}
+        got = layer_attention(name, shape, layer, scale=1 / math.sqrt(HEAD))(query, key, value, segments)
+        torch.testing.assert_close(got, dense(query, key, value, segments, **rules), rtol=1e-4, atol=1e-5)

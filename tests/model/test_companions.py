@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.companions import copy_companions
@@ -54,13 +55,14 @@ def as_reward_model(tmp_path: Path, tokenizer: dict[str, Any] | None, **changes:
     ) if file.exists() else None
 
 
-@pytest.mark.parametrize("family", [{}, {"model_type": "mistral"}, tiny.QWEN2, tiny.QWEN3])
+@pytest.mark.parametrize("family", tiny.FAMILIES.values())
 def test_config_says_that_it_is_a_reward_model(tmp_path: Path, family: dict[str, Any]) -> None:
     """An export that transformers opens as a language model, or with two labels: AutoModelForSequenceClassification
     goes by architectures and id2label."""
-    config, _ = as_reward_model(tmp_path, None, **family, sliding_window=None)
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    assert config["architectures"] == [names[config["model_type"]] + "ForSequenceClassification"]
+    config, _ = as_reward_model(tmp_path, None, **{key: value for key, value in family.items() if value is not ...})
+    transformers_config = transformers.AutoConfig.for_model(config["model_type"])
+    classes = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(transformers_config)]
+    assert config["architectures"] == [classes.__name__]
     assert (config["num_labels"], config["id2label"], config["label2id"]) == (1, {"0": "LABEL_0"}, {"LABEL_0": 0})
     assert read_shape(tmp_path / "target").head == "value"
 

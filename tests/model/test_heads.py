@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from rpo_megatron.config import ExportConfig, ImportConfig, ParallelConfig
+from rpo_megatron.config import ParallelConfig
+from rpo_megatron.config_verbs import ExportConfig, ImportConfig
 from rpo_megatron.distributed import Groups, start, stop
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import build

@@ -1,5 +1,6 @@
 """Hugging Face <-> megatron weights, on tiny random models that transformers itself saved."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,20 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.companions import copy_companions
-from rpo_megatron.model.hf import (
-    EMBEDDING,
-    HF_EMBEDDING,
-    HF_OUTPUT,
-    OUTPUT,
-    Entry,
-    check_accounted,
-    entries,
-    load_shards,
-    merge,
-    shard,
-)
+from rpo_megatron.model.hf import check_accounted, load_shards, merge, shard
 from rpo_megatron.model.hf_io import HFReader, HFWriter
 from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, read_shape
+from rpo_megatron.model.table import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT, Entry, entries
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,6 +29,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+QWEN_MOE = {"moe_intermediate_size": 20, "mlp_only_layers": [0]}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -45,6 +37,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"head_dim": 6}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 6}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 3}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 6, "num_experts": 3, "num_experts_per_tok": 2, **QWEN_MOE}),
+    "phi3": ("Phi3Config", {"pad_token_id": 3, "eos_token_id": 2}),
+    "nemotron": ("NemotronConfig", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"head_dim": 6}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 6}),
+    "mixtral-value": ("MixtralConfig", {"num_labels": 1, "pad_token_id": 3}),
+    "gemma3-value": ("Gemma3TextConfig", {"head_dim": 6, "num_labels": 1, "pad_token_id": 3}),
     "llama-value": ("LlamaConfig", {"num_labels": 1, "pad_token_id": 3}),
     "qwen2-value-tied": ("Qwen2Config", {"tie_word_embeddings": True, "num_labels": 1, "pad_token_id": 3}),
 }
@@ -123,7 +123,7 @@ def test_round_trip_of_any_shape(
     shape = tiny_shape(num_heads=kv_heads * queries_per_kv, num_kv_heads=kv_heads, head_dim=head_dim)
     shape = replace(shape, ffn_size=ffn_per_rank * tp_size, vocab_size=vocab_size)
     for entry in entries(shape):
-        tensors = {name: torch.randn(full) for name, full in entry.sources.items()}
+        tensors = {name: torch.randn(full) for name, full in entry.tensors.items()}
         shards = [shard(entry, tensors.__getitem__, shape, tp_rank=r, tp_size=tp_size) for r in range(tp_size)]
         back = merge(entry, shards, shape)
         assert back.keys() == tensors.keys()
@@ -200,7 +200,7 @@ def test_slices_only_what_the_rank_needs() -> None:
 
     for entry in entries(shape):
         taken: list[int] = []
-        sources = entry.sources
+        sources = entry.tensors
         local = shard(entry, Counting, shape, tp_rank=0, tp_size=2)
         assert sum(taken) <= local.numel()
 
@@ -296,3 +296,35 @@ def test_transformers_loads_what_we_write(tmp_path: Path, name: str) -> None:
     tokens = torch.arange(40).view(2, 20) * 12
     with torch.no_grad():
         assert torch.equal(copy.eval()(tokens).logits, model(tokens).logits)
+
+
+def test_one_tensor_in_memory_at_a_time(llama_dir: Path) -> None:
+    """A loader that holds what it has read until all of it is there: a 70B model would need twice its size of host
+    memory. When a tensor is read, those of the parameter before are gone, and the rest exists in the files alone."""
+    shape = read_shape(llama_dir)
+    params = {entry.name: torch.zeros(entry_size(entry, shape)) for entry in entries(shape)}
+    parts_of = {part.tensor: len(entry.parts) for entry in entries(shape) for part in entry.parts}
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+
+    class Watched:
+        def __init__(self, name: str) -> None:
+            assert len(alive) < parts_of[name]
+            self.slices = reader.read(name)
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            tensor = self.slices[index]
+            alive.add(tensor)
+            return tensor
+
+    class Source:
+        read = staticmethod(Watched)
+
+    with HFReader(llama_dir) as reader:
+        load_shards(params, reader=Source(), shape=shape, tp_rank=0, tp_size=1)
+    assert not alive
+    assert all(tensor.any() for tensor in params.values())
+
+
+def entry_size(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
+    rows = padded_vocab(shape) if entry.split == "vocab" else sum(part.shape[0] for part in entry.parts)
+    return rows, *entry.parts[0].shape[1:]

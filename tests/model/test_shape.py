@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.families import FAMILIES
+from rpo_megatron.model.rope import RopeScaling
 from rpo_megatron.model.shape import (
+    Experts,
     ModelShape,
-    RopeScaling,
     check_layout,
     num_parameters,
     padded_vocab,
@@ -110,7 +112,7 @@ def test_transformers_5_style(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA_31, **new) == LLAMA_31_SHAPE
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3", "gemma3_text"}))
 @pytest.mark.parametrize("style", ["rope_parameters", "rope_scaling"])
 def test_agrees_with_transformers(tmp_path: Path, family: str, style: str) -> None:
     """Any value, in particular a default for a key left out, that transformers reads otherwise."""
@@ -122,13 +124,21 @@ def test_agrees_with_transformers(tmp_path: Path, family: str, style: str) -> No
         ours = read(tmp_path, bare, **changes)
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
         head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-        assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+        assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads or 32, head_dim)
         assert (ours.rope_theta, ours.rope_scaling) == (
             theirs.rope_parameters["rope_theta"],
             RopeScaling(kind="linear", factor=theirs.rope_parameters["factor"]),
         )
         assert ours.tied_embeddings == theirs.tie_word_embeddings
         assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+        assert ours.rotary_dim == (head_dim // 2 if family == "nemotron" else None)
+        assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+        assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+        if ours.experts is not None:
+            count, chosen = ours.experts.count, ours.experts.per_token
+            assert (count, chosen) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+            assert ours.experts.normalise == getattr(theirs, "norm_topk_prob", True)
+            assert ours.experts.ffn_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
 
 
 def test_very_old_llama(tmp_path: Path) -> None:
@@ -162,7 +172,7 @@ def test_stories_model(shared: Path) -> None:
     assert num_parameters(shape) == 260032
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reward_models_as_transformers_writes_them(tmp_path: Path, family: str) -> None:
     """A reward model taken for a language model (whose output layer is then missing), or a label count that
     transformers keeps under another key."""
@@ -190,11 +200,32 @@ def test_head_of_other_configs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral'.*supported are llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "deepseek_v3"},
+            r"model_type 'deepseek_v3' .*\(.*latent attention.*supported are llama, mistral",
+        ),
+        ({"model_type": "bloom"}, "model_type 'bloom' is not supported; supported are llama, mistral"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": ...}, "model_type 'None'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*silu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'.*default, linear, llama3"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*silu, gelu_pytorch_tanh, relu2"),
+        ({"model_type": "gemma2", "hidden_act": "silu", "hidden_activation": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"]}, "1 layers, num_hidden_layers says 32"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["x"] * 32}, "layer_types 'x'.*supported"),
+        ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than the 8 experts"),
+        (
+            {"model_type": "nemotron", "partial_rotary_factor": 0.29, "rope_scaling": None},
+            "0.29 of head_dim=128 is no even",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}}, "1 factors for 64 frequencies"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "'longrope' needs 'short_factor'"),
+        ({"model_type": "gemma3_text", "rope_scaling": None, "rope_parameters": {"x": {}}}, "rope_parameters.x is not"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"type": "linear"}}},
+            "in sliding_attention",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'.*default, linear, llama3, longrope"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs 'low_freq_factor'"),
@@ -231,19 +262,6 @@ def test_config_file_missing_or_malformed(tmp_path: Path) -> None:
             read_shape(tmp_path)
 
 
-def test_window_rules(tmp_path: Path) -> None:
-    """A window applied although Qwen's switch is off, dropped although it is on, or applied to every layer where
-    only the upper ones have it."""
-    assert read(tmp_path, QWEN_25).sliding_window is None
-    assert read(tmp_path, QWEN_25, use_sliding_window=True).sliding_window is None  # 24 of 24 layers are full
-    assert read(tmp_path, QWEN_25, use_sliding_window=True, max_window_layers=0).sliding_window == 32768
-    with pytest.raises(UserError, match=r"max_window_layers=12.*mix full and sliding"):
-        read(tmp_path, QWEN_25, use_sliding_window=True, max_window_layers=12)
-    assert read(tmp_path, QWEN_25, model_type="mistral").sliding_window == 32768
-    assert read(tmp_path, QWEN_25, model_type="mistral", sliding_window=None).sliding_window is None
-    assert read(tmp_path, QWEN_25, model_type="llama").sliding_window is None
-
-
 # ------------------------------------------------------------------------------------------------ sizes
 
 
@@ -275,6 +293,12 @@ def test_check_layout() -> None:
     odd = replace(LLAMA_31_SHAPE, num_heads=36, num_kv_heads=12)
     with pytest.raises(UserError, match=r"tensor=9 .*; nearest that works: 4$"):
         check_layout(odd, tensor=9, pipeline=1)
+    mixtral = replace(LLAMA_31_SHAPE, experts=Experts(count=4, per_token=2, ffn_size=12, normalise=True))
+    with pytest.raises(UserError, match=r"tensor=8 .* 12 feed-forward columns of an expert; nearest that works: 4$"):
+        check_layout(mixtral, tensor=8, pipeline=1)
+    check_layout(mixtral, tensor=4, pipeline=1)
+    with pytest.raises(UserError, match=r"experts needs parallel.sequence=true"):
+        check_layout(mixtral, tensor=4, pipeline=1, sequence=False)
     with pytest.raises(UserError, match=r"tensor=0 .* nearest that works: 1$"):
         check_layout(LLAMA_31_SHAPE, tensor=0, pipeline=1)
 

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.model.rows import random_rows
 from tests.model.te_stand_in import stand_in
 
-MODELS = {"llama": {}, "tied": {"tie_word_embeddings": True}, "qwen2": tiny.QWEN2, "qwen3": tiny.QWEN3}
+MODELS = {"tied": {"tie_word_embeddings": True}, **tiny.FAMILIES}
 
 
 def model_of(directory: Path, layers: str) -> ScoringModel:

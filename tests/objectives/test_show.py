@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rpo_megatron.cli import main
-from rpo_megatron.config import MethodsConfig
+from rpo_megatron.config_verbs import MethodsConfig
 from rpo_megatron.errors import UserError
 from rpo_megatron.objectives.methods import METHODS
 from rpo_megatron.objectives.show import details, markdown, print_methods, table

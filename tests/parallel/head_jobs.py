@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from rpo_megatron.config import ExportConfig, OptimizerConfig, ParallelConfig
+from rpo_megatron.config import OptimizerConfig, ParallelConfig
+from rpo_megatron.config_verbs import ExportConfig
 from rpo_megatron.distributed import Groups, gather_objects, start
 from rpo_megatron.model.build import ScoringModel, build, wrap
 from rpo_megatron.model.scores import Scores

@@ -21,6 +21,7 @@ from rpo_megatron.training.optimizer import build_optimizer
 from rpo_megatron.training.policy import build_policy, load_start
 from rpo_megatron.training.reference import build_reference
 from rpo_megatron.training.resolve import resolve
+from rpo_megatron.training.signals import StopSignals
 from rpo_megatron.training.train import build_run, train_loop
 from tests.tiny import run_config
 
@@ -31,14 +32,15 @@ class Layout:
     pipeline: int = 1
     sequence: bool = False
     context: int = 1
+    expert: int = 1
 
     def overrides(self) -> list[str]:
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context}
+        names = ("tensor", "pipeline", "context", "expert")
         sequence = f"parallel.sequence={str(self.sequence).lower()}"
-        return [*(f"parallel.{name}={size}" for name, size in sizes.items()), sequence]
+        return [*(f"parallel.{name}={getattr(self, name)}" for name in names), sequence]
 
     def __str__(self) -> str:
-        context = f"cp{self.context}" if self.context > 1 else ""
+        context = f"cp{self.context}" * (self.context > 1) + f"ep{self.expert}" * (self.expert > 1)
         return f"tp{self.tensor}pp{self.pipeline}{context}{'sp' if self.sequence else ''}"
 
 
@@ -70,7 +72,7 @@ def _outcome(config: RunConfig) -> Outcome:
     model = wrap(policy)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
     _reduce_whole_gradients(policy)
-    rows = make_loader(plan, plan.train_store, groups).step(0)
+    rows = make_loader(plan, plan.train_store, groups).step(0).rows
     batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
     logps = _by_group(rows, run_responses(model, batches, _number), groups)
     model.zero_grad_buffer()
@@ -88,7 +90,7 @@ def kept_for_backward(data: str, overrides: list[str]) -> int:
     plan = resolve(config)
     policy = build_policy(plan, groups, shape=plan.shape)
     load_start(policy, plan, groups)
-    row = make_loader(plan, plan.train_store, groups).step(0)[0]
+    row = make_loader(plan, plan.train_store, groups).step(0).rows[0]
     weights = {parameter.data_ptr() for parameter in policy.parameters()}
     kept: dict[int, int] = {}
 
@@ -172,7 +174,7 @@ def train_losses(configs: list[RunConfig]) -> dict[str, list[float]]:
 
 def _train_losses(config: RunConfig) -> list[float]:
     run = build_run(resolve(config), start(config.parallel))
-    train_loop(run)
+    train_loop(run, StopSignals())
     run.metrics.close()
     lines = (Path(config.run_dir) / METRICS_FILE).read_text().splitlines() if run.groups.leads else []
     return [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]

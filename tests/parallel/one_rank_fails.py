@@ -4,7 +4,8 @@ import sys
 from typing import Any
 
 from rpo_megatron import cli
-from rpo_megatron.config import MethodsConfig, ParallelConfig
+from rpo_megatron.config import ParallelConfig
+from rpo_megatron.config_verbs import MethodsConfig
 from rpo_megatron.errors import UserError
 
 

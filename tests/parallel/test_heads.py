@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpo_megatron.config import ImportConfig, ParallelConfig
+from rpo_megatron.config import ParallelConfig
+from rpo_megatron.config_verbs import ImportConfig
 from rpo_megatron.distributed import stop
 from rpo_megatron.training import convert
 from tests import tiny

@@ -46,6 +46,13 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Rpo]:
     stop()
 
 
+def losses(shown: str) -> list[str]:
+    """The lines of the training steps that a run printed, up to what it says of its speed."""
+    return [
+        line.split(" | tok/s")[0] for line in shown.splitlines() if " | loss " in line and line.startswith("train ")
+    ]
+
+
 def yaml_of(directory: Path) -> str:
     """The config file of a tiny run, made if it is not there: model, store, and a held-out store where that exists."""
     file = directory / "run.yaml"

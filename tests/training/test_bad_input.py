@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rpo_megatron import cli
 from rpo_megatron.config_io import dump
+from rpo_megatron.data.store import Store
+from rpo_megatron.data.writer import write_reference
 from rpo_megatron.distributed import stop
 from tests import tiny
 from tests.training.conftest import Rpo
@@ -41,7 +44,9 @@ def trained(tmp_path: Path) -> Path:
         ("data.source_column=foreign", ["data.source_column", "not used", "rpo_bwd"]),
         ("evaluation.every=1", ["evaluation.every", "data.valid"]),
         ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor > 1"]),
-        ("reference.mode=stored", ["ref_logp", "rpo score"]),
+        ("parallel.bucket_size=0", ["parallel.bucket_size", "positive"]),
+        ("profile.steps=-1", ["profile.steps", "not negative"]),
+        ("profile.steps=1", ["profile.skip=2", "profile.steps=1", "4 steps", "3 to go"]),
     ],
 )
 def test_configs_that_cannot_run(fails: Rpo, override: str, words: list[str]) -> None:
@@ -51,11 +56,20 @@ def test_configs_that_cannot_run(fails: Rpo, override: str, words: list[str]) ->
         assert word in message
 
 
+def test_knobs_that_only_work_without_each_other(fails: Rpo) -> None:
+    """Catches a knob that is swallowed because another one switches off what it is about."""
+    message = fails("train", "reference.offload=true", "reference.mode=stored")
+    assert "reference.offload is not used: reference.mode=stored" in message
+    assert "parallel.bucket_size is not used" in fails("train", "parallel.bucket_size=9", "parallel.overlap=false")
+    assert "2 steps; this run has 1 to go" in fails("train", "profile.steps=1", "profile.skip=0", "train.stop_at=1")
+
+
 def test_unused_reference_knobs(fails: Rpo) -> None:
     """Catches a reference that a method without one would load, or ignore, without a word."""
     sft = ["objective.method=sft", "objective.beta=null", "objective.eta=null"]
     assert "reference.path is not used" in fails("train", *sft, "reference.path=x")
     assert "reference.mode is not used" in fails("train", *sft, "reference.mode=stored")
+    assert "reference.offload is not used: objective.method=sft" in fails("train", *sft, "reference.offload=true")
     assert "nothing to score" in fails("score", *sft)
 
 
@@ -141,11 +155,17 @@ def test_reference_of_another_model(tmp_path: Path, fails: Rpo) -> None:
 def test_nothing_is_loaded_before_the_reference_fits(
     fails: Rpo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Catches minutes of loading 70B weights before the message that `rpo score` was forgotten."""
+    """Catches minutes of loading 70B weights before a message that could have come first."""
     monkeypatch.setattr(
         "rpo_megatron.training.train.build_policy", lambda *args, **options: pytest.fail("built a model")
     )
-    assert "rpo score" in fails("train", "reference.mode=stored")
+    monkeypatch.setattr("rpo_megatron.training.score.load_reference", lambda *args: pytest.fail("built a reference"))
+    write_reference(
+        Store.open(str(tmp_path / "train")),
+        [np.zeros(k) for k in Store.open(str(tmp_path / "train")).num_responses_D],
+        identity={"weights": "others"},
+    )
+    assert "made by another reference: precision" in fails("train", "reference.mode=stored")
     tiny.write_model(tmp_path / "other", vocab_size=64)
     assert "vocabulary of 131" in fails("train", f"reference.path={tmp_path / 'other'}")
 

@@ -80,7 +80,7 @@ def test_evaluation_sees_the_same_loss_and_more(tmp_path: Path, method: str) -> 
     policy = build_policy(plan, groups, shape=plan.shape)
     load_start(policy, plan, groups)
     model = wrap(policy)
-    rows = make_loader(plan, plan.train_store, groups).step(0)
+    rows = make_loader(plan, plan.train_store, groups).step(0).rows
     batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
     assert len(batches) > 1
     model.zero_grad_buffer()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rpo_megatron.config import LoggingConfig, ParallelConfig
+from rpo_megatron.data.packing import Balance
 from rpo_megatron.distributed import Groups, start, stop
 from rpo_megatron.objectives.statistics import Stats
 from rpo_megatron.training.metrics import METRICS_FILE, Metrics, format_line, format_table
@@ -30,6 +31,10 @@ def stats(**means: float) -> Stats:
 
 def metrics(run_dir: Path, groups: Groups) -> Metrics:
     return Metrics(LoggingConfig(tensorboard=False), run_dir=str(run_dir), num_steps=4, groups=groups)
+
+
+def balance(*, useful: int = 96, rows: int = 100, mean: float = 50.0, most: float = 52.0) -> Balance:
+    return Balance(useful_tokens=useful, row_tokens=rows, mean_cost=mean, max_cost=most)
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
@@ -73,7 +78,7 @@ def test_evaluations_and_steps_have_names_of_their_own(tmp_path: Path, groups: G
     vain at the next step."""
     log = metrics(tmp_path, groups)
     log.log_evaluation(0, stats(loss=1.0, brier=0.25), data="a", num_groups=5)
-    log.add(stats(loss=2.0), tokens=3)
+    log.add(stats(loss=2.0), tokens=3, balance=balance())
     log.log(1, lr=0.1, grad_norm=1.0)
     log.log_evaluation(1, stats(loss=3.0, brier=0.5), data="a", num_groups=5)
     assert [(record["loss"], record.get("brier")) for record in records(tmp_path)] == [(1, 0.25), (2, None), (3, 0.5)]
@@ -90,6 +95,33 @@ def test_a_new_start_forgets_an_aborted_one(tmp_path: Path, rpo: Rpo) -> None:
     first, *_, last = records(tmp_path / "run")
     assert first["logp_best"] < -1
     assert last["logp_best_change"] == pytest.approx(last["logp_best"] - first["logp_best"])
+
+
+def test_waste_is_weighted_by_what_steps_take(tmp_path: Path, groups: Groups) -> None:
+    """Catches a mean of shares, in which a short step counts for as much as a long one, and steps that are carried over
+    into the next line. By hand: (90 + 396) / (100 + 400), and (60 + 205) / (50 + 200)."""
+    log = metrics(tmp_path, groups)
+    log.add(stats(loss=1.0), tokens=1, balance=balance(useful=90, rows=100, mean=50.0, most=60.0))
+    log.add(stats(loss=1.0), tokens=1, balance=balance(useful=396, rows=400, mean=200.0, most=205.0))
+    log.log(2, lr=0.1, grad_norm=1.0)
+    log.add(stats(loss=1.0), tokens=1, balance=balance(useful=100, rows=100, mean=50.0, most=50.0))
+    log.log(3, lr=0.1, grad_norm=1.0)
+    first, second = records(tmp_path)
+    assert (first["useful"], first["imbalance"]) == pytest.approx((0.972, 1.06))
+    assert (second["useful"], second["imbalance"]) == (1.0, 1.0)
+
+
+def test_a_run_says_what_it_wastes(tmp_path: Path, rpo: Rpo) -> None:
+    """Catches a plan whose statistics do not reach the log: without padding and other ranks there is no waste."""
+    shown = rpo("train")
+    assert [(record["useful"], record["imbalance"]) for record in records(tmp_path / "run")] == [(1.0, 1.0)] * 3
+    assert "useful" not in shown
+
+
+def test_the_line_is_silent_about_no_waste() -> None:
+    """Catches two columns in every line of a run that wastes nothing, and waste that is never shown."""
+    assert format_line({"loss": 1.0, "useful": 0.996, "imbalance": 1.004}) == "loss 1.0000"
+    assert format_line({"loss": 1.0, "useful": 0.97, "imbalance": 1.06}) == "loss 1.0000 | useful 97% | imbalance 1.06"
 
 
 def test_the_line_and_the_table() -> None:

@@ -1,0 +1,73 @@
+"""Where prompts end and responses start, in the tokens of many texts at once.
+
+The texts are those of groups: each one's prompt, then its K whole texts, which start with the text of the prompt. A
+whole's tokens should start with the prompt's too; the rest is the response.
+
+Shapes: N texts, T tokens of all of them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from rpo_megatron.data.tokenizer import EncodedTexts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """What each text stands for: a prompt for its tokens ids_T[start_N : stop_N], a whole for those of its response."""
+
+    ids_T: np.ndarray
+    start_N: np.ndarray
+    stop_N: np.ndarray
+    opens_N: list[bool]
+    """Whether a BOS belongs before the tokens of a text; if there was one, `start_N` is behind it."""
+    merged: list[int]
+    """Wholes whose tokens do not start with those of their prompt: their spans mean nothing."""
+
+    def replaced(self, ids: list[list[int]]) -> "Spans":
+        """With these tokens as the responses of the merged wholes, one after the other."""
+        size = np.fromiter(map(len, ids), np.int64, len(ids))
+        start_N, stop_N = self.start_N.copy(), self.stop_N.copy()
+        stop_N[self.merged] = self.ids_T.size + np.cumsum(size)
+        start_N[self.merged] = stop_N[self.merged] - size
+        more = np.fromiter(chain.from_iterable(ids), np.int32, int(size.sum()))
+        ids_T = np.concatenate([self.ids_T, more])
+        return Spans(ids_T=ids_T, start_N=start_N, stop_N=stop_N, opens_N=self.opens_N, merged=self.merged)
+
+
+def split(encoded: EncodedTexts, *, num_wholes: Iterable[int], bos_id: int | None, adds_bos: bool) -> Spans:
+    """`num_wholes` is K of each group. Templates write a BOS or not, tokenizers add one or not: two must never meet, so
+    that none is in any span, and `opens_N` says where one belongs."""
+    ids_T, stop_N = encoded.ids_T, encoded.border_N[1:]
+    start_N = _behind_bos(encoded, bos_id)
+    opens_N = ((start_N > encoded.border_N[:-1]) | adds_bos).tolist() if bos_id is not None else [False] * stop_N.size
+    raw, itemsize = ids_T.tobytes(), ids_T.itemsize  # comparing bytes takes a tenth of what comparing arrays does
+    starts, stops = (start_N * itemsize).tolist(), (stop_N * itemsize).tolist()
+    merged = []
+    n = 0
+    for count in num_wholes:
+        prompt, opens = raw[starts[n] : stops[n]], opens_N[n]
+        size = len(prompt)
+        for i in range(n + 1, n + 1 + count):
+            end = starts[i] + size
+            if end > stops[i] or raw[starts[i] : end] != prompt or opens_N[i] != opens:
+                merged.append(i)
+            starts[i] = end
+        n += 1 + count
+    start_N = np.array(starts, dtype=np.int64) // itemsize
+    return Spans(ids_T=ids_T, start_N=start_N, stop_N=stop_N, opens_N=opens_N, merged=merged)
+
+
+def _behind_bos(encoded: EncodedTexts, bos_id: int | None) -> np.ndarray:
+    """Where each text's tokens start that are not BOS from its start on."""
+    start_N, stop_N = encoded.border_N[:-1].copy(), encoded.border_N[1:]
+    if bos_id is None or not encoded.ids_T.size:
+        return start_N
+    while True:
+        is_bos_N = (start_N < stop_N) & (encoded.ids_T.take(start_N, mode="clip") == bos_id)
+        if not is_bos_N.any():
+            return start_N
+        start_N += is_bos_N

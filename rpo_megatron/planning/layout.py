@@ -1,0 +1,143 @@
+"""A layout, and the part of a model that one rank of it holds.
+
+Megatron's order of ranks: tensor innermost, then context, data, pipeline. Weights that are split over the tensor ranks
+and weights that every one of them holds (norms) are counted apart. The counts come from model/shape.num_parameters, the
+function that the program itself counts with; test_layout.py compares them with megatron's own buffers.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, stage_layers
+from rpo_megatron.planning.models import Model
+
+Recompute = Literal["none", "mlp", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model is split, and how it is run."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    expert: int = 1
+    """Expert parallel size: this many of a stage's tensor x context x data ranks share out the experts of a layer, each
+    of them whole. With 1 every rank has its tensor share of all experts."""
+    sequence: bool = False
+    recompute: Recompute = "none"
+    """As RunConfig.recompute."""
+    tokens_per_microbatch: int = 4096
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which gradients are reduced and optimizer states split."""
+        return self.data * self.context
+
+    @property
+    def expert_shards(self) -> int:
+        """The same for the weights of experts."""
+        return self.tensor * self.shards // self.expert_parts
+
+    @property
+    def expert_parts(self) -> int:
+        """Ranks over which the experts of a layer are split."""
+        return self.tensor if self.expert == 1 else self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Trained numbers of one rank."""
+
+    dense: float
+    expert: float
+    """Of experts, whose gradients are reduced over fewer ranks."""
+    matrices: float
+    """Of both, those of the layers' matrices, which FP8 concerns."""
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Of a pipeline stage."""
+
+    dense: int
+    expert: int
+    """Those with a mixture of experts."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+@functools.cache
+def layers_of(model: Model, pipeline: int, stage: int) -> Layers:
+    counts = stage_layers(model.shape, pipeline)
+    first = sum(counts[:stage])
+    experts = sum(model.shape.has_experts(layer) for layer in range(first, first + counts[stage]))
+    return Layers(dense=counts[stage] - experts, expert=experts)
+
+
+@functools.cache
+def rank_numbers(model: Model, layout: Layout, stage: int) -> Numbers:
+    """Of a rank of pipeline stage `stage` (counted from 0), padding of the vocabulary included; megatron's buffers pad
+    each tensor further, by less than 64 numbers."""
+    shape, parts, layers = model.shape, layer_parts(model), layers_of(model, layout.pipeline, stage)
+    embedding = padded_vocab(shape) * shape.hidden_size / layout.tensor
+    split = layers.total * parts.attention + layers.dense * parts.dense
+    dense = split / layout.tensor + layers.total * parts.norms + layers.expert * parts.router
+    if stage == 0:
+        dense += embedding
+    if stage == layout.pipeline - 1:
+        tied_here = shape.tied_embeddings and layout.pipeline == 1
+        dense += parts.norms_of_model
+        dense += shape.hidden_size if shape.head == "value" else 0.0 if tied_here else embedding
+    expert = layers.expert * parts.experts / layout.expert_parts
+    return Numbers(dense=dense, expert=expert, matrices=split / layout.tensor + expert)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Trained numbers of a layer."""
+
+    attention: int
+    """Matrices and biases, split over the tensor ranks."""
+    dense: int
+    """Feed-forward of a layer without experts, split likewise."""
+    experts: int
+    """Of all experts of a layer, split over tensor and expert ranks."""
+    router: int
+    norms: int
+    norms_of_model: int
+    """After the last layer; not of a layer."""
+
+
+@functools.cache
+def layer_parts(model: Model) -> Parts:
+    """By taking parts away from the shape and counting again."""
+    shape, experts = replace(model.shape, experts=None), model.shape.experts
+    norms = _layer(replace(shape, ffn_size=0, num_heads=0, num_kv_heads=0))
+    attention = _layer(replace(shape, ffn_size=0))
+    nothing = replace(shape, num_layers=0, vocab_size=0, head="lm")
+    inside = replace(shape, ffn_size=experts.count * experts.ffn_size) if experts else replace(shape, ffn_size=0)
+    return Parts(
+        attention=attention - norms,
+        dense=_layer(shape) - attention,
+        experts=_layer(inside) - attention,
+        router=experts.count * shape.hidden_size if experts else 0,
+        norms=norms,
+        norms_of_model=num_parameters(nothing),
+    )
+
+
+def _layer(shape: ModelShape) -> int:
+    return num_parameters(replace(shape, num_layers=1)) - num_parameters(replace(shape, num_layers=0))

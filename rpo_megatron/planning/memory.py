@@ -1,0 +1,312 @@
+"""Memory of one rank at the peak of a step, term by term, in bytes.
+
+1. What is always there: weights, fp32 gradients, fp32 master weights and Adam's moments (split over the data-parallel
+   ranks), a resident reference.
+2. What a micro-batch keeps for its backward, times the micro-batches in flight: in 1F1B stage i of p holds those of
+   p - i of them (Narayanan et al., arXiv 2104.04473, section 2.2).
+3. What exists for a moment: tiles of the output layer, the gradient of the largest weight on its way into the fp32
+   buffer, the tensors of one layer's backward. Logits of a whole row never exist.
+4. What is not ours: CUDA, NCCL, and what the allocator loses. Assumptions, in OVERHEAD.
+
+2 is counted tensor by tensor as our layers keep them (tests/planning/test_activations.py holds it against what torch
+saves); megatron's own report (megatron/training/theoretical_memory_usage.py) describes LayerNorm, GELU and dropout
+instead. t: tensor ranks, T: tokens of a row on one context rank, w: bytes of a number.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rpo_megatron.model.shape import padded_vocab
+from rpo_megatron.planning.hardware import GIB
+from rpo_megatron.planning.layout import Layout, Numbers, layers_of, rank_numbers
+from rpo_megatron.planning.models import Model, count_parameters
+
+Precision = Literal["fp32", "bf16"]
+Reference = Literal["none", "stored", "resident", "resident_fp8", "offloaded"]
+COMPUTED: tuple[Reference, ...] = ("resident", "resident_fp8", "offloaded")
+"""Those that run in every step."""
+WIDTH: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+TILE_BYTES = 128 * 2**20
+"""Of the output layer's fp32 logits; that of model/vocab.py on a GPU."""
+CONTEXT_BYTES = 1.25 * GIB
+"""CUDA's context, cuBLAS's workspace, kernels. An assumption."""
+COMMUNICATOR_BYTES = 0.25 * GIB
+"""NCCL's buffers for each axis of the layout with more than one rank. An assumption."""
+ALLOCATOR_SHARE = 0.05
+"""Of the activations: what the caching allocator cannot use. An assumption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which implementations decide what backward needs."""
+
+    joined_keys: bool
+    """Attention joins the prompt's keys and values to each response's, and then the results of all segments."""
+    fused_norm: bool
+    """The norm keeps its input and one number per row; unfused (a CPU), its fp32 input and fp32 result."""
+    fused_swiglu: bool = False
+    """The activation keeps its input and its result; else also silu(gate) and up."""
+    fp8: bool = False
+    """Matrices keep their inputs in FP8, and FP8 copies of their weights, as they are and transposed."""
+
+
+CPU = Kernels(joined_keys=False, fused_norm=False)
+GPU = Kernels(joined_keys=True, fused_norm=True)
+"""What our layers run today; see model/attention.py, model/layers.py and model/build.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A micro-batch."""
+
+    tokens: float
+    scored: float
+    repeated: float = 0.0
+    """With shared prompts: what the tokens would be without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the memory of a layout depends on besides the layout."""
+
+    model: Model
+    precision: Precision
+    reference: Reference
+    kernels: Kernels
+    row: Row
+    microbatches: int
+    """Of a data-parallel rank in a step."""
+
+
+Terms = dict[str, float]
+
+
+def stage_memory(setting: Setting, layout: Layout, stage: int) -> Terms:
+    """Bytes by name, in the order in which they are allocated; their sum is the peak."""
+    numbers, width = rank_numbers(setting.model, layout, stage), WIDTH[setting.precision]
+    kept = Kept.of(setting, layout)
+    in_flight = min(setting.microbatches, layout.pipeline - stage)
+    layers = layers_of(setting.model, layout.pipeline, stage)
+    again = {"none": kept, "mlp": kept.without_feed_forward(), "full": kept.input_alone()}[layout.recompute]
+    attention = layers.total * in_flight * again.attention
+    other = in_flight * (layers.total * again.rest + layers.dense * again.dense + layers.expert * again.experts)
+    ends = in_flight * _ends(setting, layout, stage)
+    head = _head(setting, layout) if stage == layout.pipeline - 1 else 0.0
+    moment = _moment(setting, layout, stage, kept)
+    terms = {
+        "weights": numbers.total * width + 2 * numbers.matrices * setting.kernels.fp8,
+        "gradients": numbers.total * 4,
+        "optimizer": optimizer_bytes(setting, layout, stage),
+        "reference": _resident_reference(setting, numbers),
+        "attention": attention,
+        "activations": other + ends,
+        "head": head,
+        "working": moment,
+    }
+    # These two have the step's room to themselves: before the first forward, and after the last backward.
+    room = attention + other + ends + head + moment
+    terms["reference"] += max(0.0, _offloaded_reference(setting, layout, stage) - room)
+    terms["working"] += max(0.0, _update(numbers, layout) - room)
+    axes = sum(size > 1 for size in (layout.tensor, layout.context, layout.data, layout.pipeline, layout.expert))
+    terms["overhead"] = CONTEXT_BYTES + axes * COMMUNICATOR_BYTES + ALLOCATOR_SHARE * (attention + other + ends)
+    return terms
+
+
+def worst_stage(setting: Setting, layout: Layout) -> tuple[int, Terms]:
+    """The pipeline stage that needs most: the first (most micro-batches in flight), the one after it (perhaps a layer
+    more) or the last (the output layer)."""
+    stages = sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+    memory = {stage: stage_memory(setting, layout, stage) for stage in stages}
+    return max(memory.items(), key=lambda item: sum(item[1].values()))
+
+
+def optimizer_bytes(setting: Setting, layout: Layout, stage: int) -> float:
+    """Master weights (where the weights are not fp32 themselves) and two moments, in fp32, split over the shards."""
+    numbers = rank_numbers(setting.model, layout, stage)
+    each = 8 if setting.precision == "fp32" else 12
+    return each * (numbers.dense / layout.shards + numbers.expert / layout.expert_shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Bytes of a checkpoint."""
+
+    disk: float
+    """All of it: weights in their precision, master weights and moments."""
+    host: float
+    """Of host memory on the fullest rank while it is written. Megatron's fully_reshardable format gathers the states of
+    the optimizer on every data-parallel rank, in host memory (get_parameter_state_dp_zero in distrib_optimizer.py)."""
+
+
+def checkpoint_bytes(model: Model, layout: Layout, precision: Precision) -> Checkpoint:
+    stages = {0, layout.pipeline - 1, min(1, layout.pipeline - 1)}
+    most = max(rank_numbers(model, layout, stage).total for stage in stages)
+    return Checkpoint(disk=count_parameters(model) * (WIDTH[precision] + 12), host=12 * most)
+
+
+# ------------------------------------------------------------------------------------------------ for the backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What one layer keeps of one micro-batch, bytes."""
+
+    attention: float
+    rest: float
+    """Norms and the inputs of the first matrices."""
+    dense: float
+    """Inside the feed-forward of a layer without experts,"""
+    experts: float
+    """and of one with."""
+    input: float
+    """Of a layer that is computed again."""
+
+    @property
+    def largest(self) -> float:
+        return self.attention + self.rest + max(self.dense, self.experts)
+
+    def without_feed_forward(self) -> "Kept":
+        return replace(self, dense=0.0, experts=0.0)
+
+    def input_alone(self) -> "Kept":
+        return replace(self, attention=0.0, rest=self.input, dense=0.0, experts=0.0)
+
+    @classmethod
+    def of(cls, setting: Setting, layout: Layout) -> "Kept":
+        shape, kernels, w, t = setting.model.shape, setting.kernels, WIDTH[setting.precision], layout.tensor
+        tokens = setting.row.tokens / layout.context
+        whole = tokens / t if layout.sequence else tokens  # of what every tensor rank would hold
+        query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        # query, key, the result, a log-sum-exp per head, and the values: a view of query-key-value, or a copy
+        values = query + 2 * key if kernels.joined_keys else key + _kept_by_key_norm(setting) * (query + 2 * key)
+        attention = tokens / t * (w * (query + key + values + query) + 4 * shape.num_heads)
+        if kernels.joined_keys:
+            attention += w / t * (tokens * query + setting.row.repeated / layout.context * 2 * key)
+        attention += tokens / t * query * kernels.fp8
+        rotary = tokens * 4 * w * (shape.rotary_dim or shape.head_dim)  # cosines and sines, for query and for key
+        norms = (4 if shape.post_norms else 2) * whole * _norm(setting, shape.hidden_size)
+        norms += tokens / t * _head_norms(setting)
+        inputs = 2 * whole * (1 if kernels.fp8 else w) * shape.hidden_size
+        return cls(
+            attention=attention + rotary,
+            rest=norms + inputs,
+            dense=tokens / t * _columns(setting) * shape.ffn_size,
+            experts=_experts(setting, layout, tokens),
+            input=whole * w * shape.hidden_size,
+        )
+
+
+def _norm(setting: Setting, size: int) -> float:
+    """Of a row of `size` numbers."""
+    width = WIDTH[setting.precision]
+    if setting.model.shape.norm == "layer1p":
+        return width * size + 8.0
+    return width * size + 4.0 if setting.kernels.fused_norm else 8.0 * size + 4.0
+
+
+def _head_norms(setting: Setting) -> float:
+    """Norms of query and key. The key that goes in is a view of query-key-value, unless it is first made fp32."""
+    shape, width = setting.model.shape, WIDTH[setting.precision]
+    if not shape.qk_norm:
+        return 0.0
+    heads = (shape.num_heads + shape.num_kv_heads) * _norm(setting, shape.head_dim)
+    return heads - (width * shape.num_kv_heads * shape.head_dim if _kept_by_key_norm(setting) else 0)
+
+
+def _kept_by_key_norm(setting: Setting) -> bool:
+    """Whether a norm keeps its key, and with it all of the query-key-value that this is a view of."""
+    copied = not setting.kernels.fused_norm and WIDTH[setting.precision] != 4
+    return setting.model.shape.qk_norm and not copied
+
+
+def _columns(setting: Setting) -> float:
+    """Bytes per token and feed-forward column: gate and up, silu(gate), up, and the input of the last matrix; of these
+    the first two and the last where the activation is fused. Without a gate: its input and its result."""
+    w = WIDTH[setting.precision]
+    last = 1 if setting.kernels.fp8 else w
+    if not setting.model.shape.gated:
+        return w + last
+    return (2 if setting.kernels.fused_swiglu else 4) * w + last
+
+
+def _experts(setting: Setting, layout: Layout, tokens: float) -> float:
+    """Routing is taken as even, so that a rank computes as many token-expert pairs as it sends. A pair has its input,
+    its inside (what goes into the last matrix twice: before and after the expert's share of the token) and where it
+    came from; the router has its scores and choices."""
+    shape, experts, w = setting.model.shape, setting.model.shape.experts, WIDTH[setting.precision]
+    if experts is None:
+        return 0.0
+    inside = (_columns(setting) + w) * experts.ffn_size / layout.tensor
+    # Split over the tensor ranks, an expert sees the tokens of all of them; whole, those of one.
+    pair = (w * shape.hidden_size + 20) / (1 if layout.expert == 1 else layout.tensor) + inside
+    return tokens * (experts.per_token * pair + 12 * experts.count / layout.tensor)
+
+
+def _ends(setting: Setting, layout: Layout, stage: int) -> float:
+    """Of a micro-batch, what the first stage keeps before its layers and the last after them."""
+    shape, w = setting.model.shape, WIDTH[setting.precision]
+    tokens, scored = setting.row.tokens / layout.context, setting.row.scored / layout.context
+    kept = 8 * tokens if stage == 0 else 0.0
+    if stage == layout.pipeline - 1:
+        whole = tokens / layout.tensor if layout.sequence else tokens
+        kept += whole * _norm(setting, shape.hidden_size)
+        if shape.head == "lm":  # hidden states that predict; positions, labels, maximum, sum and logit of each
+            kept += scored * (w * shape.hidden_size + 8 + 8 + 12)
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ for a moment
+
+
+def _head(setting: Setting, layout: Layout) -> float:
+    """Tiles of the output layer: fp32 logits, as much again in temporaries, and a tile's share of the weight's
+    gradient; and the gradient of the hidden states."""
+    shape, w = setting.model.shape, WIDTH[setting.precision]
+    if shape.head != "lm":
+        return 0.0
+    words = min(padded_vocab(shape) / layout.tensor, TILE_BYTES / 4 / 1024)
+    return 2 * TILE_BYTES + w * words * shape.hidden_size + setting.row.scored * w * shape.hidden_size
+
+
+def _moment(setting: Setting, layout: Layout, stage: int, kept: Kept) -> float:
+    """The gradient of the largest weight before it is added to the buffer, and what one layer's backward holds: the
+    tensors of its inside (for a layer that is computed again, also all that it keeps)."""
+    shape, w, t = setting.model.shape, WIDTH[setting.precision], layout.tensor
+    ends = stage in (0, layout.pipeline - 1)
+    vocabulary = padded_vocab(shape) * shape.hidden_size / t if ends else 0.0
+    columns = shape.experts.ffn_size if shape.experts else shape.ffn_size
+    matrix = (2 if shape.gated else 1) * columns * shape.hidden_size / t
+    again = {"none": 0.0, "mlp": max(kept.dense, kept.experts), "full": kept.largest}[layout.recompute]
+    return w * max(vocabulary, matrix) + _inside(setting, layout) + again
+
+
+def _inside(setting: Setting, layout: Layout) -> float:
+    """Of one layer at a time: residual, norm and result, and the widest tensors of the feed-forward."""
+    shape = setting.model.shape
+    experts = shape.experts.per_token * shape.experts.ffn_size if shape.experts else 0
+    tokens = setting.row.tokens / layout.context
+    return (
+        WIDTH[setting.precision] * tokens * (3 * shape.hidden_size + 4 * max(experts, shape.ffn_size) / layout.tensor)
+    )
+
+
+def _resident_reference(setting: Setting, numbers: Numbers) -> float:
+    width = WIDTH[setting.precision]
+    if setting.reference == "resident":
+        return numbers.total * width + 2 * numbers.matrices * setting.kernels.fp8
+    if setting.reference == "resident_fp8":
+        return numbers.matrices + (numbers.total - numbers.matrices) * width
+    return 0.0
+
+
+def _offloaded_reference(setting: Setting, layout: Layout, stage: int) -> float:
+    """What it needs while it is on the device; without gradient, a layer keeps nothing."""
+    if setting.reference != "offloaded":
+        return 0.0
+    numbers = rank_numbers(setting.model, layout, stage)
+    return numbers.total * WIDTH[setting.precision] + _inside(setting, layout)
+
+
+def _update(numbers: Numbers, layout: Layout) -> float:
+    """Adam in plain torch: the root of the second moments. Fused kernels (Transformer Engine, apex) need nothing."""
+    return 4 * (numbers.dense / layout.shards + numbers.expert / layout.expert_shards)

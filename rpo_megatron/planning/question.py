@@ -1,0 +1,153 @@
+"""From a PlanConfig, and the run that it may name, to the question that layouts.py answers. Reads config.json and the
+store's manifest, nothing else."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rpo_megatron import config_io
+from rpo_megatron.config import RunConfig
+from rpo_megatron.config_verbs import PlanConfig
+from rpo_megatron.data.manifest import Manifest, read_record
+from rpo_megatron.errors import UserError
+from rpo_megatron.planning.hardware import GPUS, Cluster
+from rpo_megatron.planning.layout import Layout, Recompute
+from rpo_megatron.planning.layouts import BUDGETS, Question
+from rpo_megatron.planning.memory import GPU, Kernels, Reference
+from rpo_megatron.planning.models import Model, find_model
+from rpo_megatron.planning.time import Timing
+from rpo_megatron.planning.workload import Workload, given_lengths, manifest_lengths
+from rpo_megatron.training.resolve import Plan, check_config
+
+A_ROW_PER_GROUP = 1
+"""As tokens in a row: no two groups fit."""
+RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    question: Question
+    own: Layout | None
+    """That of the run, if there is one."""
+
+
+def ask(config: PlanConfig) -> Asked:
+    """Raises UserError for what is missing, contradicts itself or cannot be read."""
+    for key in ("gpus", "gpus_per_node", "prompt", "response", "responses", "top"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} must be at least 1, found {getattr(config, key)}")
+    if config.efficiency is not None and not 0 < config.efficiency <= 1:
+        raise UserError(f"efficiency must be in (0, 1], found {config.efficiency}")
+    run = None if config.run is None else _read_run(config.run)
+    gpu = GPUS[config.gpu]
+    timing = Timing(
+        model=_model(config, run),
+        work=_workload(config, run),
+        cluster=Cluster(gpu=gpu, gpus=config.gpus, per_node=config.gpus_per_node),
+        precision=config.precision or (run.config.precision if run else "bf16"),
+        reference=config.reference or (_reference(run) if run else "resident"),
+        groups_per_step=config.groups_per_step or (run.config.train.groups_per_step if run else 64),
+        efficiency=config.efficiency or gpu.efficiency,
+        overlap=run is None or run.config.parallel.overlap is not False,
+        fp8=_fp8(config, run),
+    )
+    recompute = RECOMPUTE if config.recompute is None else (config.recompute,)
+    question = Question(
+        timing=timing, kernels=_kernels(timing, run), budgets=_budgets(config, run), recompute=recompute
+    )
+    return Asked(question=question, own=_own_layout(config, run) if run else None)
+
+
+def _read_run(path: str) -> Plan:
+    run: RunConfig = config_io.load(RunConfig, path, [])
+    check_config(run)
+    return Plan(config=run)
+
+
+def _model(config: PlanConfig, run: Plan | None) -> Model:
+    if config.model is None:
+        if run is None:
+            raise UserError("give a run (rpo plan run.yaml ...) or a model: model=DIR, or a name, e.g. llama-3.1-8b")
+        return Model(name=run.config.model.path, shape=run.shape)
+    model = find_model(config.model)
+    if run is not None and "value" in run.reads:
+        return replace(model, shape=replace(model.shape, head="value"))
+    return model
+
+
+def _workload(config: PlanConfig, run: Plan | None) -> Workload:
+    share_prompt = run is None or run.config.data.share_prompt
+    prefix, named = config.store, config.store is not None
+    if prefix is None and run is not None:
+        prefix = run.config.data.train
+    if prefix is not None and (named or Path(f"{prefix}.json").is_file()):
+        return manifest_lengths(_manifest(prefix), prefix=prefix, share_prompt=share_prompt)
+    lengths = given_lengths(
+        prompt=config.prompt, response=config.response, responses=config.responses, share_prompt=share_prompt
+    )
+    absent = f" (given: the run's store '{prefix}' is not here)" if prefix else " (given)"
+    return replace(lengths, source=lengths.source + absent)
+
+
+def _manifest(prefix: str) -> Manifest:
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        raise UserError(
+            f"there is no store at '{prefix}' ({path} does not exist): write one with `rpo prepare`, or give "
+            f"prompt=, response= and responses= instead"
+        )
+    return read_record(Manifest, path)
+
+
+def _reference(run: Plan) -> Reference:
+    if run.reference != "resident":
+        return run.reference
+    if run.config.reference.offload:
+        return "offloaded"
+    return "resident_fp8" if run.config.fp8.reference_weights else "resident"
+
+
+def _kernels(timing: Timing, run: Plan | None) -> Kernels:
+    """Those that a run names, or that it gets."""
+    attention = "auto" if run is None else run.config.kernels.attention
+    joined = GPU.joined_keys if attention == "auto" else attention == "sdpa"
+    return replace(GPU, fp8=timing.fp8, joined_keys=joined)
+
+
+def _fp8(config: PlanConfig, run: Plan | None) -> bool:
+    fp8 = run is not None and run.config.fp8.recipe != "none" if config.fp8 is None else config.fp8
+    if fp8 and GPUS[config.gpu].fp8_flops is None:
+        raise UserError(f"an {config.gpu} has no FP8: plan with fp8=false, or another GPU")
+    if config.reference == "resident_fp8" and not fp8:
+        raise UserError("reference=resident_fp8 computes in FP8, as its policy has to: plan with fp8=true")
+    return fp8
+
+
+def _budgets(config: PlanConfig, run: Plan | None) -> tuple[int, ...]:
+    if run is not None and not run.config.data.packing:
+        return (A_ROW_PER_GROUP,)
+    if config.tokens_per_microbatch is not None:
+        return (config.tokens_per_microbatch,)
+    return BUDGETS if run is None else tuple(sorted({*BUDGETS, run.config.data.tokens_per_microbatch}))
+
+
+def _own_layout(config: PlanConfig, run: Plan) -> Layout:
+    parallel = run.config.parallel
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    budget = config.tokens_per_microbatch or run.config.data.tokens_per_microbatch
+    if not run.config.data.packing:
+        budget = A_ROW_PER_GROUP
+    if config.gpus % ranks:
+        raise UserError(
+            f"gpus={config.gpus}: the run's tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} needs a multiple of {ranks}"
+        )
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        data=config.gpus // ranks,
+        expert=parallel.expert,
+        sequence=parallel.sequence,
+        recompute=run.config.recompute,
+        tokens_per_microbatch=budget,
+    )

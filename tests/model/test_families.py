@@ -1,0 +1,117 @@
+"""What each family's config.json means: windows, rotary bases, experts; both spellings, and the published sizes."""
+
+from pathlib import Path
+
+import pytest
+
+from rpo_megatron.model.rope import RopeScaling
+from rpo_megatron.model.shape import Experts, num_parameters
+from tests.model.test_shape import LLAMA_31, QWEN_25, read
+
+GEMMA_3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "sliding_window": 512,
+    "vocab_size": 262144,
+}
+
+
+def test_gemma_3_in_both_styles(tmp_path: Path) -> None:
+    """Rotary bases exchanged between windowed and full layers, stretching applied to both, or a pattern that begins
+    with the full layer: google/gemma-3-1b-it as transformers 4 and as transformers 5 wrote it, stretched."""
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 10000, "rope_scaling": linear, "sliding_window_pattern": 6}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    types = [f"{'full' if i % 6 == 5 else 'sliding'}_attention" for i in range(26)]
+    new = {"rope_parameters": {"full_attention": {**linear, "rope_theta": 1e6}, "sliding_attention": local}}
+    shape = read(tmp_path, GEMMA_3, **old)
+    assert read(tmp_path, GEMMA_3, **new, layer_types=types) == shape
+    assert (shape.full_layers, shape.sliding_window) == ((5, 11, 17, 23), 512)
+    assert (shape.rope_theta, shape.local_rope_theta) == (1e6, 1e4)
+    assert shape.rope_scaling == RopeScaling(kind="linear", factor=8.0)
+    assert (shape.tied_embeddings, shape.attention_scale, shape.qk_norm) == (True, 1 / 16, True)
+    plain = read(tmp_path, GEMMA_3)
+    assert (plain.rope_theta, plain.local_rope_theta, plain.rope_scaling) == (1e6, 1e4, None)
+
+
+PHI_4_MINI = {
+    "model_type": "phi3",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 47 + [2.0], "long_factor": [3.0] * 48},
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
+
+
+def test_longrope(tmp_path: Path) -> None:
+    """The set of factors for long texts, a context in which they would be needed, or another attention factor than
+    sqrt(1 + ln 32 / ln 4096) = 1.190238."""
+    shape = read(tmp_path, PHI_4_MINI)
+    assert shape.rope_scaling is not None
+    assert shape.rope_scaling.factors == (*[1.0] * 47, 2.0)
+    assert shape.rope_scaling.attention_factor == pytest.approx(1.190238, abs=1e-6)
+    assert (shape.max_positions, shape.rotary_dim, shape.sliding_window) == (4096, 96, 262144)
+
+
+def test_experts(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B's key for the number of experts, in the spellings of transformers 4 and 5, not found; layers
+    without experts counted from 1."""
+    qwen = {**QWEN_25, "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True}
+    for key in ("num_experts", "num_local_experts"):
+        experts = read(tmp_path, qwen, **{key: 64, "mlp_only_layers": [3], "decoder_sparse_step": 2}).experts
+        dense = (*range(0, 3, 2), 3, *range(4, 24, 2))
+        assert experts == Experts(count=64, per_token=8, ffn_size=768, normalise=True, dense_layers=dense)
+
+
+def test_window_rules(tmp_path: Path) -> None:
+    """A window applied although Qwen's switch is off, dropped although it is on, or applied to every layer where
+    only the upper ones have it."""
+    assert read(tmp_path, QWEN_25).sliding_window is None
+    assert read(tmp_path, QWEN_25, use_sliding_window=True).sliding_window is None  # 24 of 24 layers are full
+    assert read(tmp_path, QWEN_25, use_sliding_window=True, max_window_layers=0).sliding_window == 32768
+    upper = read(tmp_path, QWEN_25, use_sliding_window=True, max_window_layers=12)
+    assert [upper.window(layer) for layer in (0, 11, 12, 23)] == [None, None, 32768, 32768]
+    listed = ["sliding_attention", *["full_attention"] * 23]
+    first = read(tmp_path, QWEN_25, use_sliding_window=True, layer_types=listed)
+    assert [first.window(layer) for layer in (0, 1, 23)] == [32768, None, None]
+    gemma2 = read(tmp_path, QWEN_25, model_type="gemma2")
+    assert [gemma2.window(layer) for layer in range(4)] == [32768, None, 32768, None]
+    assert read(tmp_path, QWEN_25, model_type="mistral").sliding_window == 32768
+    assert read(tmp_path, QWEN_25, model_type="mistral", sliding_window=None).sliding_window is None
+    assert read(tmp_path, QWEN_25, model_type="llama").sliding_window is None
+
+
+def test_num_parameters_of_published_models(tmp_path: Path) -> None:
+    """A weight of an expert, a router or a norm after a sublayer forgotten or counted twice: the totals in the hub's
+    safetensors indices."""
+    assert num_parameters(read(tmp_path, GEMMA_3)) == 999_885_952
+    assert num_parameters(read(tmp_path, PHI_4_MINI)) == 3_836_021_760
+    mixtral = {"model_type": "mixtral", "vocab_size": 32000, "rope_scaling": None}
+    assert num_parameters(read(tmp_path, LLAMA_31, **mixtral)) == 46_702_792_704
+    qwen = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
+    qwen |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}
+    assert num_parameters(read(tmp_path, QWEN_25, **qwen)) == 30_532_122_624
+    gemma2 = {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+    gemma2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000, "hidden_act": ...}
+    assert num_parameters(read(tmp_path, QWEN_25, **gemma2)) == 2_614_341_888
