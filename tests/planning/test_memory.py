@@ -62,7 +62,7 @@ def test_kept_by_tensor_ranks() -> None:
 
 def test_fused_activation_and_joined_keys() -> None:
     """What other kernels change: two of five tensors of the feed-forward go; with joined keys come another result
-    (4096), the keys and values (2 x 1024) of 1,500 repeated tokens, and query and key (4096 + 1024) beside the value."""
+    (4096), keys and values (2 x 1024) of 1,500 repeated tokens, and query and key (4096 + 1024) beside the value."""
     plain, row = Kept.of(SETTING, Layout()), replace(SETTING.row, repeated=1500.0)
     fused = Kept.of(replace(SETTING, kernels=replace(SETTING.kernels, fused_swiglu=True)), Layout())
     assert plain.dense - fused.dense == TOKENS * 2 * 2 * 14336
