@@ -32,6 +32,7 @@ from rpo_megatron.model.rotary import Rotary
 from rpo_megatron.model.row import Row
 from rpo_megatron.model.scores import Scores
 from rpo_megatron.model.shape import ModelShape, padded_vocab, stage_layers
+from rpo_megatron.model.swiglu import fuse_swiglu
 from rpo_megatron.model.te_layers import te_block_spec
 from rpo_megatron.model.token_kl import token_kl
 from rpo_megatron.model.vocab import VocabShard
@@ -188,6 +189,7 @@ def build(
     layers = _layers(config, shape, kernels, fp8, groups)
     logprobs = choose_logprobs(kernels.logprobs, groups.device)
     model = ScoringModel(config, shape, groups, layers=layers, logprobs=logprobs).to(groups.device)
+    fuse_swiglu(model, shape)
     compat.mark_sharded_weights(model)
     return model
 

@@ -44,8 +44,6 @@ class Kernels:
     """Attention joins the prompt's keys and values to each response's, and then the results of all segments."""
     fused_norm: bool
     """The norm keeps its input and one number per row; unfused (a CPU), its fp32 input and fp32 result."""
-    fused_swiglu: bool = False
-    """The activation keeps its input and its result; else also silu(gate) and up."""
     fp8: bool = False
     """Matrices keep their inputs in FP8, and FP8 copies of their weights, as they are and transposed."""
 
@@ -220,13 +218,14 @@ def _kept_by_key_norm(setting: Setting) -> bool:
 
 
 def _columns(setting: Setting) -> float:
-    """Bytes per token and feed-forward column: gate and up, silu(gate), up, and the input of the last matrix; of these
-    the first two and the last where the activation is fused. Without a gate: its input and its result."""
+    """Bytes per token and feed-forward column: gate and up, and the input of the last matrix; where it is not silu that
+    gates (model/swiglu.py) also the activation of the gate, and up once more. Without a gate: its input and its
+    result."""
     w = WIDTH[setting.precision]
     last = 1 if setting.kernels.fp8 else w
     if not setting.model.shape.gated:
         return w + last
-    return (2 if setting.kernels.fused_swiglu else 4) * w + last
+    return (2 if setting.model.shape.activation == "silu" else 4) * w + last
 
 
 def _experts(setting: Setting, layout: Layout, tokens: float) -> float:

@@ -23,7 +23,7 @@ from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
 
 GROUPS_AT_A_TIME = 64
-"""Groups that are packed together; bounds the memory of a long evaluation."""
+"""Groups of each data-parallel rank that are packed together; bounds the memory of a long evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,9 @@ class Evaluation:
     def run(self, model: Any, objective: Objective) -> Stats:
         """This rank's sums and counts over the store. Every rank must call this."""
         total: Stats = {}
-        for first in range(0, self.num_groups, GROUPS_AT_A_TIME):
-            rows = self.loader.sequential(first, min(GROUPS_AT_A_TIME, self.num_groups - first))
+        block = GROUPS_AT_A_TIME * self.groups.dp.size
+        for first in range(0, self.num_groups, block):
+            rows = self.loader.sequential(first, min(block, self.num_groups - first))
             batches = self.fill_reference([to_device(row, self.groups.device, cp=self.groups.cp) for row in rows])
             total = merge_stats(total, run_objective(model, batches, objective, train=False))
         return total

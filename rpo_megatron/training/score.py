@@ -41,6 +41,7 @@ from rpo_megatron.training.reference import Fill, build_reference, load_referenc
 from rpo_megatron.training.resolve import Plan, check_config
 
 GROUPS_AT_A_TIME = 256
+"""Of each data-parallel rank; bounds memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +243,9 @@ def _score_store(plan: Plan, store: Store, scorer: Scorer, groups: Groups) -> No
 def _scored_blocks(plan: Plan, store: Store, scorer: Scorer, groups: Groups) -> Iterator[np.ndarray]:
     """fp64 arrays of numbers in store order, response after response; every rank must run this to its end."""
     loader = make_loader(plan, store, groups)
-    for first in range(0, len(store), GROUPS_AT_A_TIME):
-        count = min(GROUPS_AT_A_TIME, len(store) - first)
+    size = GROUPS_AT_A_TIME * groups.dp.size
+    for first in range(0, len(store), size):
+        count = min(size, len(store) - first)
         counts = store.num_responses_D[first : first + count]
         offsets = np.concatenate(([0], np.cumsum(counts)))
         rows = loader.sequential(first, count)

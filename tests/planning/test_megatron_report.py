@@ -109,7 +109,7 @@ def test_activations_of_a_layer(name: str) -> None:
     differences = {
         "masks of two dropouts": -2 * shape.hidden_size,
         "fewer heads of keys and values": -2 * 2 * (shape.hidden_size - key),
-        "five tensors of SwiGLU for two of GELU": (10 - 4) * shape.ffn_size,
+        "three tensors of SwiGLU for two of GELU": (6 - 4) * shape.ffn_size,
         "log-sum-exp": 4 * shape.num_heads,
         "two numbers per row of the norms": 2 * 4,
     }

@@ -31,7 +31,7 @@ ATTENTION = 2 * (4096 + 1024 + 1024 + 4096) + 4 * 32
 """Bytes per token and layer: query, key, value, result; a log-sum-exp for each of 32 heads."""
 ROTARY = 2 * 4 * 128
 NORMS_AND_INPUTS = 2 * (2 * 4096 + 4) + 2 * 2 * 4096
-FEED_FORWARD = 2 * 5 * 14336
+FEED_FORWARD = 2 * 3 * 14336
 
 
 def test_states() -> None:
@@ -60,12 +60,10 @@ def test_kept_by_tensor_ranks() -> None:
     assert Kept.of(SETTING, Layout(context=2)).attention == TOKENS / 2 * (ATTENTION + ROTARY)
 
 
-def test_fused_activation_and_joined_keys() -> None:
-    """What other kernels change: two of five tensors of the feed-forward go; with joined keys come another result
-    (4096), keys and values (2 x 1024) of 1,500 repeated tokens, and query and key (4096 + 1024) beside the value."""
+def test_joined_keys() -> None:
+    """With them come another result (4096), keys and values (2 x 1024) of 1,500 repeated tokens, and query and key
+    (4096 + 1024) beside the value."""
     plain, row = Kept.of(SETTING, Layout()), replace(SETTING.row, repeated=1500.0)
-    fused = Kept.of(replace(SETTING, kernels=replace(SETTING.kernels, fused_swiglu=True)), Layout())
-    assert plain.dense - fused.dense == TOKENS * 2 * 2 * 14336
     joined = Kept.of(replace(SETTING, row=row, kernels=replace(SETTING.kernels, joined_keys=True)), Layout())
     assert joined.attention - plain.attention == 2 * (TOKENS * (4096 + 4096 + 1024) + 1500 * 2048)
 

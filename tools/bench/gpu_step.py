@@ -26,7 +26,6 @@ from rpo_megatron.config import Fp8Config, KernelsConfig, ObjectiveConfig, Optim
 from rpo_megatron.data.rows import build_row
 from rpo_megatron.data.store import Group
 from rpo_megatron.distributed import Groups, start, stop
-from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import ScoringModel, build, wrap
 from rpo_megatron.model.precision import check_hardware, row_alignment
 from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, read_shape
@@ -62,6 +61,8 @@ def variants() -> list[Variant]:
         Variant(name="bf16"),
         Variant(name="bf16, prompts not shared", share_prompt=False),
         Variant(name="bf16, resident reference", reference="resident"),
+        Variant(name="bf16, FlexAttention", kernels=KernelsConfig(attention="flex")),
+        Variant(name="bf16, Triton log-probs", kernels=KernelsConfig(logprobs="triton")),
         Variant(name="bf16, Transformer Engine", kernels=te),
         *(Variant(name=f"fp8 {recipe}", fp8=Fp8Config(recipe=recipe)) for recipe in recipes),  # type: ignore[arg-type]
         Variant(
@@ -120,8 +121,8 @@ def measure(
         check_hardware(variant.fp8)
         step = prepare(variant, shape, groups, ranks)
         times = timed(step, steps=steps, device=ranks.device)
-    except (UserError, torch.OutOfMemoryError) as error:
-        return {"variant": variant.name, "note": str(error).splitlines()[0][:100]}
+    except Exception as error:  # the other variants are measured all the same
+        return {"variant": variant.name, "note": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
     seconds = statistics.median(times)
     flop = executed_flop(shape, groups, share_prompt=variant.share_prompt, reference=variant.reference == "resident")
     real = sum(group.prompt.size + tokens.size for group in groups for tokens in group.responses)

@@ -1,0 +1,49 @@
+"""The gate of feed-forward layers, silu(gate) * up, that keeps only its input for backward.
+
+Autograd would keep gate, up, silu(gate) and, because megatron adds an offset of 0 to it, up once more: two of the five
+tensors of the feed-forward's width that a layer keeps. silu(gate) is computed again instead, by the same kernels, so
+that nothing changes by a bit.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+
+from rpo_megatron.model.shape import ModelShape
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (gate_and_up,), (grad,) = ctx.saved_tensors, grads
+        gate, up = gate_and_up.chunk(2, -1)
+        by_both = torch.empty_like(gate_and_up)
+        by_gate, by_up = by_both.chunk(2, -1)
+        by_up.copy_(grad * F.silu(gate))
+        by_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return by_both
+
+
+def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """[..., 2 f] (this rank's gate, then its up) -> [..., f]."""
+    result: torch.Tensor = _SwiGLU.apply(gate_and_up)
+    return result
+
+
+def fuse_swiglu(model: torch.nn.Module, shape: ModelShape) -> None:
+    """Make the feed-forward layers and experts of a model use it, if silu is what gates them: in the place that
+    megatron has for Transformer Engine's activations, which get both halves at once."""
+    if not (shape.gated and shape.activation == "silu"):
+        return
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.activation_func = swiglu
+            module.config.use_te_activation_func = True
