@@ -4,23 +4,20 @@ PREFIX.journal.partial   how far the run that was writing PREFIX had come when i
 PREFIX.lock              held (flock) by the run that is writing PREFIX
 """
 
-import fcntl
-import os
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
+from rpo_megatron import fileio
 from rpo_megatron.data.collector import CollectorState
 from rpo_megatron.data.indexed import PARTIAL
 from rpo_megatron.data.indexed_writer import TEMPORARY
 from rpo_megatron.data.writer import WriterState
 from rpo_megatron.errors import UserError
-from rpo_megatron.fileio import fsync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +64,7 @@ class Journal:
         """What `writer` describes must be on disk."""
         checkpoint = Checkpoint(identity=self._identity, rows=rows, writer=writer, collector=collector)
         self._new.write_bytes(msgspec.msgpack.encode(checkpoint))
-        fsync(self._new)
+        fileio.fsync(self._new)
         self._new.replace(self._path)
 
     @property
@@ -95,26 +92,14 @@ def _differences(was: dict[str, str], now: dict[str, str]) -> list[str]:
 
 @contextmanager
 def locked(prefix: str) -> Generator[None, None, None]:
-    """Raises UserError when another process holds the lock of PREFIX. The death of its holder frees it."""
+    """Raises UserError when another process holds the lock of PREFIX."""
     path = Path(f"{prefix}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
+    with ExitStack() as stack:
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(path: Path) -> BinaryIO:
-    while True:
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
+            stack.enter_context(fileio.locked(path))
+        except BlockingIOError:
             raise UserError(
                 f"another `rpo prepare` writes to this output_prefix ({path} is locked): wait for it, or choose another"
             ) from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()  # its holder deleted it after we had opened it: try the next one
+        yield

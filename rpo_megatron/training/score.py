@@ -13,7 +13,6 @@ model, and rank 0 appends its numbers. The stores need no rewards for any of thi
 """
 
 import contextlib
-import fcntl
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from rpo_megatron.data.store import Store
 from rpo_megatron.data.writer import write_column, write_reference
 from rpo_megatron.distributed import Groups, barrier, on_leader, start, stop, sum_over_world
 from rpo_megatron.errors import UserError
+from rpo_megatron.fileio import locked
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
@@ -71,7 +71,7 @@ def score(config: RunConfig) -> None:
         score_reference(plan, groups, plan.stores)
     else:
         scorer = _column_scorer(plan, groups)
-        for store in plan.stores:
+        for store in _once(plan.stores):
             _score_store(plan, store, scorer, groups)
     stop()
 
@@ -85,42 +85,38 @@ def score_reference(plan: Plan, groups: Groups, stores: Sequence[Store]) -> None
     with contextlib.ExitStack() as locks:
 
         def lock() -> None:
-            for store in stores:
-                locks.enter_context(_alone(store))
+            for store in _once(stores):
+                _lock(locks, store)
 
         on_leader(lock)
         scorer = _reference_scorer(plan, groups)
-        for store in stores:
+        for store in _once(stores):
             _score_store(plan, store, scorer, groups)
         del scorer
     gc.collect()  # megatron's modules refer to each other in circles
     torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """One process at a time writes next to a store: two would write into the same temporary file. The lock ends with
-    the process, however that ends."""
+def _once(stores: Sequence[Store]) -> list[Store]:
+    """Data that is trained on and held out at once is still one store."""
+    return list({Path(store.prefix).resolve(): store for store in stores}.values())
+
+
+def _lock(locks: contextlib.ExitStack, store: Store) -> None:
+    """One process at a time writes next to a store: two would write into the same temporary file."""
     path = Path(f"{store.prefix}.ref_logp.lock")
     try:
-        file = path.open("w")
+        locks.enter_context(locked(path))
+    except BlockingIOError:
+        raise UserError(
+            f"another process is writing the reference's log-probabilities of '{store.prefix}' (it holds {path}); "
+            f"start again when it is done, or use reference.mode=resident"
+        ) from None
     except OSError as error:
         raise UserError(
             f"the log-probabilities of the reference belong next to '{store.prefix}', where nothing can be written "
             f"({path}: {error.strerror}); use reference.mode=resident, or copy the store to a directory of yours"
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing the reference's log-probabilities of '{store.prefix}' (it holds {path}); "
-                f"start again when it is done, or use reference.mode=resident"
-            ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _check_reference_wish(plan: Plan) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rpo_megatron import cli
-from rpo_megatron.data.store import Store
 from rpo_megatron.distributed import stop
+from rpo_megatron.fileio import locked
 from rpo_megatron.training import score
 from rpo_megatron.training import train as training
 from tests import tiny
@@ -80,9 +80,14 @@ def test_nowhere_to_write(tmp_path: Path, fails: Rpo, monkeypatch: pytest.Monkey
 def test_two_runs_do_not_write_at_once(tmp_path: Path, fails: Rpo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches runs of a sweep that start together and write into one temporary file."""
     monkeypatch.setattr(score, "load_reference", lambda *args: pytest.fail("loaded the reference"))
-    with score._alone(Store.open(str(tmp_path / "train"))):
+    with locked(tmp_path / "train.ref_logp.lock"):
         assert "another process is writing" in fails("train", STORED)
         assert "another process is writing" in fails("score")
+
+
+def test_one_store_to_train_on_and_to_hold_out(tmp_path: Path, rpo: Rpo) -> None:
+    """Catches a run that waits for the lock that it holds itself, or scores the same store twice."""
+    assert rpo("score", f"data.valid={tmp_path / 'train'}").count("scored") == 1
 
 
 def test_the_reference_is_gone_before_the_policy_is_built(
