@@ -29,7 +29,7 @@ help:
 	@echo 'make quickstart [MODEL=dir DATA=file SHORT=1]   preference data -> trained policy -> report, on this machine'
 	@echo 'make test [ARGS="-k name"]                      all tests that can run on this machine'
 	@echo 'make test-parity [ARGS="-k name"]               install TRL and compare our losses with its own'
-	@echo 'make bench                                      all benchmarks, short; table and plots of README.md'
+	@echo 'make bench                                      all benchmarks, short (20 minutes); table and plots of README.md'
 	@echo 'make bench-full                                 the same, long (hours)'
 	@echo 'make bench-env                                  only make or update the environment of the benchmarks'
 	@echo 'make checks                                     lint + types'
