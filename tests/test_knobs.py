@@ -53,7 +53,9 @@ def test_description() -> None:
     ]
 
 
-@pytest.mark.parametrize("config", {verb.config for verb in VERBS.values()}, ids=lambda config: config.__name__)
+@pytest.mark.parametrize(
+    "config", dict.fromkeys(verb.config for verb in VERBS.values()), ids=lambda config: config.__name__
+)
 def test_every_knob_is_explained(config: type) -> None:
     """A knob without a sentence in config.py is an empty line in the help."""
     lines = describe(config).splitlines()

@@ -25,7 +25,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **extra}
 
 
-def run(function: str, *, processes: int, directory: Path, timeout: float = 300.0, **arguments: Any) -> list[Any]:
+def run(function: str, *, processes: int, directory: Path, timeout: float = 600.0, **arguments: Any) -> list[Any]:
     """Results of `module:function` from every rank."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(arguments, directory / "arguments.pt")
@@ -54,7 +54,7 @@ def run(function: str, *, processes: int, directory: Path, timeout: float = 300.
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def rpo(*words: str, processes: int = 1, timeout: float = 300.0) -> "subprocess.CompletedProcess[str]":
+def rpo(*words: str, processes: int = 1, timeout: float = 600.0) -> "subprocess.CompletedProcess[str]":
     """The command line as a user runs it: `python -m rpo_megatron ...`, under torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "rpo_megatron", *words]
@@ -71,7 +71,7 @@ def _wait(workers: list["subprocess.Popen[bytes]"], directory: Path, timeout: fl
     finally:
         for worker in workers:
             worker.kill()
-    if any(codes):
+    if any(code != 0 for code in codes):
         logs = "\n".join(
             f"--- rank {r}\n{(directory / f'rank{r}.log').read_text()[-3000:]}" for r in range(len(workers))
         )
