@@ -81,7 +81,7 @@ def verify(encode: Encoder, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
             found = encode(part)
         except Exception as error:
             raise UnusableError(f"{PACKAGE} fails on the start of this input ({_first_line(error)})") from None
-        expected = tokenizer.encode_flat(part)
+        expected = EncodedTexts.of_lists(tokenizer.encode(part))
         if not found.equals(expected):
             raise UnusableError(f"{PACKAGE} gives other tokens: {_first_difference(part, found, expected)}")
         count += len(part)

@@ -14,8 +14,10 @@ for chosen and 0 for rejected (as in NeMo-Aligner), which the manifest records a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
+
+import msgspec
 
 from rpo_megatron.config_verbs import ColumnsConfig
 from rpo_megatron.data.manifest import COLUMN_NAME, REWARD, RewardSource
@@ -41,8 +43,7 @@ PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "problem"
 """A pair with such a column is not a full transcript; its prompt column has to be named."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RawGroup:
+class RawGroup(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt and its responses as text."""
 
     where: str
@@ -54,7 +55,7 @@ class RawGroup:
     reward_source: RewardSource | None
     transcript: bool = False
     """The prompt was cut off full transcripts: it is laid out as a conversation already."""
-    columns: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[float]] = {}
     """Further numbers by name, one finite number per response each."""
 
 

@@ -21,8 +21,10 @@ from rpo_megatron.errors import UserError
 PARQUET_BATCH = 1024
 """Parquet rows that are in memory at a time."""
 
-
 ROW_BYTES = 1 << 13
+"""What a row that is no line of text counts as."""
+BUFFER_BYTES = 1 << 17
+"""Of a file of text: with Python's own, reading takes three times as long."""
 
 
 class RawRow(NamedTuple):
@@ -127,13 +129,14 @@ def _reader_of(file: Path) -> FileReader:
 
 def _json_lines(file: Path, share: Share) -> Iterator[RawRow]:
     start, per_byte = share.start, share.size / (file.stat().st_size or 1)
-    name, line = str(file), 0
-    with file.open("rb") as raw:
+    name, line, done = str(file), 0, 0
+    with file.open("rb", buffering=BUFFER_BYTES) as raw:
         opened = _decompressed(file, raw)
         try:
             for line, text in enumerate(opened.lines, start=1):
+                done = raw.tell() if opened.is_smaller else done + len(text)
                 if not text.isspace():
-                    yield RawRow(f"{name}:{line}", text, start + raw.tell() * per_byte)
+                    yield RawRow(f"{name}:{line}", text, start + done * per_byte)
         except opened.errors as error:
             what = f"cannot be decompressed any further ({error}); copy the file again"
             raise UserError(f"{file}:{line + 1}: {what}") from None
@@ -144,13 +147,15 @@ class _Opened:
     lines: Iterable[bytes]
     errors: tuple[type[Exception], ...]
     """What damaged content raises."""
+    is_smaller: bool = True
+    """The file is, than its lines are."""
 
 
 def _decompressed(file: Path, raw: BinaryIO) -> _Opened:
     if file.name.endswith(".gz"):
         return _Opened(lines=gzip.open(raw), errors=(EOFError, gzip.BadGzipFile, zlib.error))
     if not file.name.endswith(".zst"):
-        return _Opened(lines=raw, errors=())
+        return _Opened(lines=raw, errors=(), is_smaller=False)
     try:
         import zstandard
     except ImportError:

@@ -8,7 +8,7 @@ tomorrow. Templates that ask whether it exists fall back to a fixed date.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -17,8 +17,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rpo_megatron.data.layouts import Messages
 from rpo_megatron.data.manifest import NO_TEMPLATE, TemplateInfo
+from rpo_megatron.data.symbolic import GuardedEnvironment, Outline, outline
 from rpo_megatron.data.tokenizer import Tokenizer
 from rpo_megatron.errors import UserError
+
+MOST_OUTLINES = 1024
+"""Of sequences of roles; conversations of others are rendered each."""
 
 
 class ChatTemplate:
@@ -28,12 +32,30 @@ class ChatTemplate:
         self.info = TemplateInfo(source=source, fingerprint=hashlib.sha256(text.encode()).hexdigest())
         self._special_names = special_names
         try:
-            self._template = _environment().from_string(text)
+            self._template = _environment(ImmutableSandboxedEnvironment).from_string(text)
         except TemplateError as error:
             raise UserError(f"chat template ({source}): not valid Jinja: {error}") from None
+        guarded = _environment(GuardedEnvironment)
+        guarded.guard()
+        self._guarded = guarded.compiled(text)
+        self._outlines: dict[tuple[bool, tuple[str, ...]], Outline | None] = {}
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        """Raises UserError with the template's own words when it refuses the messages."""
+        """Messages have role and content, and nothing else. Raises UserError with the template's own words when it
+        refuses them."""
+        shape = add_generation_prompt, tuple([message["role"] for message in messages])
+        contents = [message["content"] for message in messages]
+        known = self._outlines.get(shape)
+        if known is not None:
+            return known.filled(contents)
+        text = self._render(messages, add_generation_prompt=add_generation_prompt)
+        if self._guarded is not None and shape not in self._outlines and len(self._outlines) < MOST_OUTLINES:
+            names = {"add_generation_prompt": add_generation_prompt, **self._special_names}
+            found = outline(self._guarded, shape[1], **names)
+            self._outlines[shape] = found if found is not None and found.filled(contents) == text else None
+        return text
+
+    def _render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special_names
@@ -74,10 +96,11 @@ class _GenerationTag(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _environment() -> Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+Kind = TypeVar("Kind", bound=Environment)
+
+
+def _environment(kind: type[Kind]) -> Kind:
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     return environment

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from rpo_megatron.data.manifest import TokenizerInfo
 from rpo_megatron.data.probes import probe_texts
+from rpo_megatron.data.words import WordEncoder, word_encoder
 from rpo_megatron.errors import UserError
 
 ANCHORS = ("\n", "|", "0", "a")
@@ -39,8 +40,19 @@ class EncodedTexts:
         np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=border_N[1:])
         return cls(ids_T=np.fromiter(chain.from_iterable(ids), np.int32, int(border_N[-1])), border_N=border_N)
 
+    @classmethod
+    def of_bytes(cls, ids: list[bytes]) -> "EncodedTexts":
+        border_N = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=border_N[1:])
+        return cls(ids_T=np.frombuffer(b"".join(ids), np.int32), border_N=border_N // np.dtype(np.int32).itemsize)
+
     def equals(self, other: "EncodedTexts") -> bool:
         return np.array_equal(self.border_N, other.border_N) and np.array_equal(self.ids_T, other.ids_T)
+
+    def as_bytes(self) -> list[bytes]:
+        """The ids of each text, as bytes of int32."""
+        raw, borders = self.ids_T.tobytes(), (self.border_N * self.ids_T.itemsize).tolist()
+        return [raw[start:end] for start, end in pairwise(borders)]
 
     def lists(self) -> list[list[int]]:
         """The ids of each text."""
@@ -65,6 +77,8 @@ class _Backend(Protocol):
     names: dict[str, str]
     """What a chat template may refer to: bos_token, eos_token, ..."""
     chat_template: str | None
+    library: Any | None
+    """A tokenizers.Tokenizer, if all the work is done by one."""
 
     def definition(self) -> str | bytes | None: ...
     def encode(self, texts: list[str]) -> list[list[int]]: ...
@@ -140,8 +154,15 @@ class Tokenizer:
         return self._backend.encode(texts)
 
     def encode_flat(self, texts: list[str]) -> EncodedTexts:
-        """The same as two arrays."""
-        return EncodedTexts.of_lists(self.encode(texts))
+        """The same as two arrays, for many texts."""
+        words = self._words
+        return (
+            EncodedTexts.of_lists(self.encode(texts)) if words is None else EncodedTexts.of_bytes(words.encode(texts))
+        )
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return None if self._backend.library is None else word_encoder(self._backend.library)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens written out."""
@@ -161,20 +182,26 @@ class Tokenizer:
         return pieces
 
 
-def encode_continuations(encode: Callable[[list[str]], list[list[int]]], texts: list[str]) -> list[list[int]]:
+Ids = TypeVar("Ids", list[int], bytes)
+"""Of one text, as numbers or as the bytes of int32."""
+
+
+def encode_continuations(encode: Callable[[list[str]], list[Ids]], texts: list[str]) -> list[Ids]:
     """Token ids of each text as it goes on after other text.
 
     On its own it would get the space that sentencepiece puts before every text. So it is encoded behind an anchor that
     stays a token of its own, and the anchor is taken off.
     """
-    found: dict[int, list[int]] = {}
-    left = list(range(len(texts)))
+    found: dict[int, Ids] = {}
+    left: list[int] = list(range(len(texts)))
     for anchor in ANCHORS:
         if not left:
             break
-        alone, *both = encode([anchor, *(anchor + texts[i] for i in left)])
+        behind: list[str] = [anchor + texts[i] for i in left]
+        encoded: list[Ids] = encode([anchor, *behind])
+        alone = encoded[0]
         if alone:
-            pairs = zip(left, both, strict=True)
+            pairs = zip(left, encoded[1:], strict=True)
             found |= {i: ids[len(alone) :] for i, ids in pairs if ids[: len(alone)] == alone}
         left = [i for i in left if i not in found]
     if left:
@@ -201,15 +228,15 @@ class _HuggingFace:
         self.names = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
         template = tokenizer.chat_template
         self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
-        self._library: Any = _tokenizers_of(tokenizer)
+        self.library: Any = _tokenizers_of(tokenizer)
 
     def definition(self) -> str | None:
-        return None if self._library is None else self._library.to_str()
+        return None if self.library is None else self.library.to_str()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        if self._library is None:
+        if self.library is None:
             return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -237,6 +264,7 @@ class _SentencePiece:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a sentencepiece model: {error}") from None
         processor = self._processor
+        self.library: Any | None = None
         self.chat_template: str | None = None
         self.vocab_size = processor.get_piece_size()
         self.bos_id: int | None = None if processor.bos_id() < 0 else processor.bos_id()

@@ -1,15 +1,20 @@
 """Tokenized groups: one prompt for all responses, one BOS, the end of turn with the response, nothing in between."""
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.data.chat import Chat, TokenizedGroup
+from rpo_megatron.config_verbs import PrepareConfig
+from rpo_megatron.data.chat import Chat
+from rpo_megatron.data.chunk import prepare_chunk
 from rpo_megatron.data.layouts import RawGroup
+from rpo_megatron.data.readers import RawRow
 from rpo_megatron.data.template import ChatTemplate, load_template
 from rpo_megatron.data.tokenizer import Tokenizer, encode_continuations
 from rpo_megatron.errors import UserError
@@ -18,6 +23,7 @@ LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+CONFIG = PrepareConfig(input="", output_prefix="", tokenizer="")
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -39,7 +45,34 @@ def template(text: str, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(text, source="test.jinja", special_names=tokenizer.special_names)
 
 
-def texts(tokenizer: Tokenizer, group: TokenizedGroup) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    ids: np.ndarray
+    is_empty: bool
+    is_boundary_merge: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    prompt: np.ndarray
+    responses: list[Response]
+
+
+def tokenize_all(chat: Chat, raws: list[RawGroup]) -> list[Group]:
+    """What the arrays say of each group."""
+    found = chat.tokenize_all([chat.lay_out(group) for group in raws])
+    ids = np.split(found.ids_T, np.cumsum(found.length_N)[:-1])
+    empty, merged = found.is_empty_N.tolist(), found.is_boundary_merge_N.tolist()
+    all_of = [Response(ids=i, is_empty=e, is_boundary_merge=m) for i, e, m in zip(ids, empty, merged, strict=True)]
+    rest = iter(all_of)
+    return [Group(prompt=next(rest).ids, responses=list(itertools.islice(rest, len(r.responses)))) for r in raws]
+
+
+def tokenize(chat: Chat, group: RawGroup) -> Group:
+    return tokenize_all(chat, [group])[0]
+
+
+def texts(tokenizer: Tokenizer, group: Group) -> list[str]:
     """The prompt, and what each response adds to it."""
     prompt = group.prompt.tolist()
     start = tokenizer.decode(prompt)
@@ -53,7 +86,7 @@ def chatml(chat_tokenizer: Tokenizer) -> Chat:
 
 def test_template_by_hand(chatml: Chat, chat_tokenizer: Tokenizer) -> None:
     """The generation prompt belongs to the prompt; the newline that the template writes after <|im_end|> to nobody."""
-    group = chatml.tokenize(raw("one two", "three", "four five"))
+    group = tokenize(chatml, raw("one two", "three", "four five"))
     assert texts(chat_tokenizer, group) == [
         "<|im_start|>user\none two<|im_end|>\n<|im_start|>assistant\n",
         "three<|im_end|>",
@@ -73,7 +106,7 @@ def test_template_equals_apply_chat_template(chatml: Chat, chat_directory: str) 
         {"role": "assistant", "content": "good morning"},
         {"role": "user", "content": "name a colour\n"},
     ]
-    group = chatml.tokenize(raw(messages, "blue", " red\n"))
+    group = tokenize(chatml, raw(messages, "blue", " red\n"))
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert group.prompt.tolist() == prompt
     for response, text in zip(group.responses, ("blue", " red\n"), strict=True):
@@ -110,7 +143,7 @@ def test_rendering_equals_transformers(chat_tokenizer: Tokenizer, source: str) -
 def test_plain_text_by_hand(sentencepiece_tokenizer: Tokenizer) -> None:
     """BOS before the prompt, EOS behind each response, nothing in between."""
     chat = Chat(sentencepiece_tokenizer, load_template("auto", sentencepiece_tokenizer))
-    group = chat.tokenize(raw("the capital", " of France", "\nof course"))
+    group = tokenize(chat, raw("the capital", " of France", "\nof course"))
     assert group.prompt[0] == 1
     assert group.prompt.tolist()[1:] == sentencepiece_tokenizer.encode(["the capital"])[0]
     for response, text in zip(group.responses, (" of France", "\nof course"), strict=True):
@@ -122,22 +155,22 @@ def test_one_bos_whatever_writes_it(sentencepiece_tokenizer: Tokenizer, chat_tok
     """Template and tokenizer both add one; a template may add none; a tokenizer without BOS gets none."""
     tokenizer = sentencepiece_tokenizer
     for source in (LLAMA2, "{{ bos_token }}" + LLAMA2, PLAIN):
-        group = Chat(tokenizer, template(source, tokenizer)).tokenize(raw("one", "two", "three"))
+        group = tokenize(Chat(tokenizer, template(source, tokenizer)), raw("one", "two", "three"))
         assert group.prompt.tolist().count(1) == 1, source
         assert group.prompt[0] == 1
-    group = Chat(tokenizer, None).tokenize(raw("<s>one", "two", "three"))
+    group = tokenize(Chat(tokenizer, None), raw("<s>one", "two", "three"))
     assert group.prompt.tolist().count(1) == 1
-    group = Chat(chat_tokenizer, None).tokenize(raw("one", "two", "three"))
+    group = tokenize(Chat(chat_tokenizer, None), raw("one", "two", "three"))
     assert group.prompt.tolist() == chat_tokenizer.encode(["one"])[0]
 
 
 def test_turn_is_closed_once(sentencepiece_tokenizer: Tokenizer) -> None:
     """A template without end-of-turn token would train a model that never stops; one with must not get a second."""
     tokenizer = sentencepiece_tokenizer
-    group = Chat(tokenizer, template(LLAMA2, tokenizer)).tokenize(raw("one", "two", "three"))
+    group = tokenize(Chat(tokenizer, template(LLAMA2, tokenizer)), raw("one", "two", "three"))
     assert [text.count("</s>") for text in texts(tokenizer, group)[1:]] == [1, 1]
     for chosen in (template(PLAIN, tokenizer), None):
-        group = Chat(tokenizer, chosen).tokenize(raw("one", "two", "</s> three", "four</s>", "five</s>\n"))
+        group = tokenize(Chat(tokenizer, chosen), raw("one", "two", "</s> three", "four</s>", "five</s>\n"))
         closed = [text.replace("\n", "").strip() for text in texts(tokenizer, group)[1:]]
         assert closed == ["two</s>", "</s> three</s>", "four</s>", "five</s>"]
 
@@ -148,7 +181,7 @@ def test_sentencepiece_template_has_no_extra_space(sentencepiece_tokenizer: Toke
     source = "{% for m in messages %}<s>{{ m.role }}|{{ m.content }}</s>{% endfor %}" + (
         "{% if add_generation_prompt %}<s>assistant|{% endif %}"
     )
-    group = Chat(tokenizer, template(source, tokenizer)).tokenize(raw("one", "two", " two"))
+    group = tokenize(Chat(tokenizer, template(source, tokenizer)), raw("one", "two", " two"))
     assert texts(tokenizer, group) == ["<s>user|one</s><s>assistant|", "two</s>", " two</s>"]
 
 
@@ -156,7 +189,7 @@ def test_boundary_merge_is_split_and_counted(chat_tokenizer: Tokenizer) -> None:
     """A prompt that ends in a space: " one" is a token, which would swallow it. The prompt must be the same for both
     responses, as it is tokenized alone, and the response must not lose or gain a character."""
     chat = Chat(chat_tokenizer, None)
-    group = chat.tokenize(raw("two ", "one", "\n"))
+    group = tokenize(chat, raw("two ", "one", "\n"))
     assert (
         chat_tokenizer.encode(["two one"])[0] != chat_tokenizer.encode(["two "])[0] + chat_tokenizer.encode(["one"])[0]
     )
@@ -175,7 +208,7 @@ def test_no_character_is_lost_at_the_border(
 ) -> None:
     """Whatever merges at the border, prompt and response decode to what was given."""
     for tokenizer in (chat_tokenizer, sentencepiece_tokenizer):
-        group = Chat(tokenizer, None).tokenize(raw(prompt, *responses))
+        group = tokenize(Chat(tokenizer, None), raw(prompt, *responses))
         for response, text in zip(group.responses, responses, strict=True):
             whole = tokenizer.decode([*group.prompt.tolist(), *response.ids.tolist()])
             assert whole.removeprefix("<s>").removesuffix("</s>").removesuffix("<|im_end|>") == prompt + text
@@ -219,7 +252,7 @@ def test_many_groups_in_one_call(
         chat = Chat(tokenizer, None)
         usable = [(p, r) for p, r in groups if tokenizer.adds_bos or tokenizer.encode([p])[0]]
         raws = [raw(prompt, *responses) for prompt, responses in usable]
-        found = list(chat.tokenize_all([chat.lay_out(group) for group in raws]))
+        found = tokenize_all(chat, raws) if raws else []
         assert len(found) == len(usable)
         for group, (prompt, responses) in zip(found, usable, strict=True):
             start, expected = one_by_one(tokenizer, prompt, [prompt + response for response in responses])
@@ -233,7 +266,7 @@ def test_many_groups_in_one_call(
 def test_empty_response_is_marked(chatml: Chat, sentencepiece_tokenizer: Tokenizer) -> None:
     """Only the end of turn is left: there is nothing to learn but to stop."""
     for chat in (chatml, Chat(sentencepiece_tokenizer, None)):
-        group = chat.tokenize(raw("one", "", "two"))
+        group = tokenize(chat, raw("one", "", "two"))
         assert [response.is_empty for response in group.responses] == [True, False]
         assert group.responses[0].ids.size == 1
 
@@ -242,35 +275,36 @@ def test_template_that_rewrites_the_prompt(chat_tokenizer: Tokenizer) -> None:
     """E.g. one that drops the thinking of earlier turns: training would see a prompt that generation never does."""
     source = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match=r"^f\.jsonl:7: the chat template rewrites the prompt"):
-        Chat(chat_tokenizer, template(source, chat_tokenizer)).tokenize(raw("one", "two", "three"))
+        tokenize(Chat(chat_tokenizer, template(source, chat_tokenizer)), raw("one", "two", "three"))
 
 
 def test_transcripts(chatml: Chat, chat_tokenizer: Tokenizer) -> None:
     """As plain text they stay as they are; through a template they become turns; others cannot."""
     prompt = "\n\nHuman: one\n\nAssistant:"
-    group = Chat(chat_tokenizer, None).tokenize(raw(prompt, " two", " three", transcript=True))
+    group = tokenize(Chat(chat_tokenizer, None), raw(prompt, " two", " three", transcript=True))
     assert texts(chat_tokenizer, group)[:2] == [prompt, " two<|im_end|>"]
-    group = chatml.tokenize(raw(prompt, " two", " three", transcript=True))
+    group = tokenize(chatml, raw(prompt, " two", " three", transcript=True))
     assert texts(chat_tokenizer, group)[:2] == [
         "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n",
         "two<|im_end|>",
     ]
     with pytest.raises(UserError, match="chat_template=none"):
-        chatml.tokenize(raw("Q: one A:", " two", " three", transcript=True))
+        tokenize(chatml, raw("Q: one A:", " two", " three", transcript=True))
 
 
 def test_errors_name_the_row(chat_tokenizer: Tokenizer) -> None:
     """Messages without template, a template that refuses, text that is no text, a prompt without a token."""
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(UserError, match=r"^f\.jsonl:7: a prompt of messages needs a chat template"):
-        Chat(chat_tokenizer, None).tokenize(raw(messages, "a", "b"))
+        tokenize(Chat(chat_tokenizer, None), raw(messages, "a", "b"))
     refusing = template("{{ raise_exception('only one turn') }}", chat_tokenizer)
     with pytest.raises(UserError, match=r"^f\.jsonl:7: .*only one turn"):
-        Chat(chat_tokenizer, refusing).tokenize(raw(messages, "a", "b"))
+        tokenize(Chat(chat_tokenizer, refusing), raw(messages, "a", "b"))
     with pytest.raises(UserError, match=r"^f\.jsonl:7: .*surrogate"):
-        Chat(chat_tokenizer, None).tokenize(raw("x", "a\ud83d", "b"))
+        tokenize(Chat(chat_tokenizer, None), raw("x", "a\ud83d", "b"))
+    line = RawRow("f.jsonl:7", b'{"prompt": "", "chosen": "a", "rejected": "b"}', 1.0)
     with pytest.raises(UserError, match=r"^f\.jsonl:7: the prompt is empty"):
-        Chat(chat_tokenizer, None).tokenize(raw("", "a", "b"))
+        prepare_chunk(CONFIG, Chat(chat_tokenizer, None), [line])
 
 
 def test_choice_of_template(chat_tokenizer: Tokenizer, sentencepiece_tokenizer: Tokenizer, tmp_path: Path) -> None:
