@@ -26,6 +26,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train a low-rank adapter (LoRA, arXiv 2106.09685) in place of the weights: these stay as they are in model.path,
+    without gradients and optimizer state, and are the reference as well, unless reference.path names another."""
+
+    rank: int = 0
+    """Rank of the adapter; 0 trains the weights themselves."""
+    alpha: float | None = None
+    """What the adapter adds is multiplied by alpha / rank; null means 2 x rank."""
+    targets: tuple[str, ...] = ()
+    """Which matrices have adapters, by the last words of their names in Hugging Face files, e.g. [q_proj, v_proj];
+    empty means all of the layers (of a model with experts, of its attention)."""
+    rank_stabilised: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+    start: str | None = None
+    """Go on from an adapter of model.path: a directory that PEFT wrote, or a checkpoint of ours. It brings the four
+    values above with it. null draws a new one from `seed`, which at first changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str
     """PREFIX of the training store (what `rpo prepare` wrote)."""
@@ -116,8 +135,8 @@ class ObjectiveConfig:
 class ReferenceConfig:
     mode: Literal["resident", "stored"] = "resident"
     """`resident` keeps a frozen copy of the reference beside the policy and runs it over every batch. `stored` reads
-    its log-probabilities from next to the store; where they are missing, `rpo train` makes them first, as `rpo score`
-    does: one pass over the data, after which steps cost as much as without a reference. Best for an epoch or more."""
+    its log-probabilities from next to the store; where they are missing they are made first, as by `rpo score`: one
+    pass over the data, after which steps cost as much as without a reference. Best for an epoch or more."""
     path: str | None = None
     """Directory of the reference's weights; null means model.path."""
     offload: bool = False
@@ -130,6 +149,10 @@ class ParallelConfig:
     """Tensor parallel size: every weight matrix is split over this many ranks."""
     pipeline: int = 1
     """Pipeline parallel size: the layers are split into this many stages."""
+    virtual: int = 1
+    """Virtual pipeline stages of each rank: it holds so many chunks of layers instead of one, each row passes through
+    the ranks so many times, and they wait for the pipeline to fill and drain so many times less; more rows are in
+    flight, and more is sent. Needs pipeline > 1."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals split over the tensor ranks. Needs tensor > 1."""
     context: int = 1
@@ -169,6 +192,10 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    offload: bool = False
+    """Keep Adam's two moments in (pinned) host memory and pass them through the device in every update: 8 bytes less
+    for each parameter of a data-parallel rank's share, for a step that waits for the copies. The results and the
+    checkpoints are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,16 +287,36 @@ class Fp8Config:
 class KernelsConfig:
     """Which implementation does the work, where there are several. The run header prints what was chosen."""
 
-    attention: Literal["auto", "sdpa", "merged", "flex"] = "auto"
+    attention: Literal["auto", "sdpa", "merged", "flex", "te"] = "auto"
     """`sdpa`: torch's attention for each segment of a row; `merged`: two flash-attention passes over prompts and
-    responses, without copies (CPU); `flex`: torch's FlexAttention, one kernel for the row (GPU). auto: merged on a CPU,
-    else sdpa."""
+    responses, without copies; `flex`: torch's FlexAttention, one kernel for the row (GPU); `te`: Transformer Engine's
+    fused attention, which needs data.share_prompt=false (GPU). auto: merged on a CPU, else sdpa."""
     logprobs: Literal["auto", "tiles", "triton"] = "auto"
     """Log-probabilities without logits: `tiles` of the output layer in torch, or the same with Triton kernels between
     the matrix multiplications (GPU). auto: tiles."""
+    keep_logits_mib: int | None = None
+    """Memory of each process of the last pipeline stage for tiles of logits that backward then need not compute again:
+    as many as fit. Those of all rows, scored tokens x vocabulary / parallel.tensor numbers in `precision`, save a
+    quarter of the output layer's multiplications; 0 keeps none. The results are the same to the bit. null: 32 on a
+    CPU, 512 on a GPU."""
     layers: Literal["auto", "megatron", "transformer_engine"] = "auto"
-    """Linear layers and norms: megatron's own, or Transformer Engine's, which fuse the two and know FP8. auto:
-    Transformer Engine's with FP8, else megatron's."""
+    """Linear layers and norms: megatron's own, or Transformer Engine's, which fuse the two, multiply with all experts
+    of a rank in one kernel (megatron's take them one after the other) and know FP8. auto: Transformer Engine's with
+    FP8, else megatron's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Losses of the routers of a model with experts (model/router.py has the formulas), each summed over the layers and
+    added to the mean over groups. Both are off: the objective alone trains the routers. A preference objective compares
+    the policy with a reference whose routing is uneven where pretraining left it so, and a loss that evens it out pulls
+    all responses away from that reference, whatever their rewards. The log shows how uneven it is (`load`)."""
+
+    aux_loss: float = 0.0
+    """Weight of the load-balancing loss, over the tokens of each group; 1 where the experts are used alike. Pretraining
+    has values from 1e-4 to 1e-2."""
+    z_loss: float = 0.0
+    """Weight of the z-loss, which keeps the routers' logits small; pretraining has 1e-3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +329,7 @@ class RunConfig:
     data: DataConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -293,6 +341,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations. Gradients, master weights, log-probabilities and objectives are fp32."""
     recompute: Literal["none", "mlp", "full"] = "none"

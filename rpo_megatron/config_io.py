@@ -35,7 +35,7 @@ def load(cls: type[C], file: str | Path | None, overrides: list[str]) -> C:
     Raises UserError naming the key for an unknown key (with the nearest valid one), a wrong type, a missing mandatory
     value, or text that is not yaml.
     """
-    tree: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
+    tree: dict[str, Any] = {} if file is None else read_yaml(Path(file))
     for override in overrides:
         _apply(cls, tree, override)
     _check_keys(cls, tree, "")
@@ -54,7 +54,8 @@ def write(config: Any, path: str | Path) -> None:
     Path(path).write_text(dump(config), encoding="utf-8")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a file says, unchecked. Raises UserError when there is no such file, or no mapping in it."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
     except FileNotFoundError:

@@ -95,6 +95,9 @@ class ExportConfig:
     """Directory to write; must not exist yet."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB."""
+    format: Literal["merged", "peft"] = "merged"
+    """Of a checkpoint that holds an adapter: `merged` into its base, a whole model; `peft`, the adapter alone, as PEFT
+    loads it on top of the base."""
     verify: bool = False
     """Open the files with `transformers`, compare its log-probabilities (a reward model's values) of a few random texts
     with ours, print the largest difference, and fail if it is more than rounding. The first process needs memory for
@@ -157,8 +160,12 @@ class PlanConfig:
     """Responses of a group, where there is no store."""
     groups_per_step: int | None = None
     """Groups in the global batch; null means the run's, or else 64."""
-    reference: Literal["none", "stored", "resident", "resident_fp8", "offloaded"] | None = None
-    """Where the reference is: null means as in the run, or else resident."""
+    lora_rank: int | None = None
+    """Rank of an adapter on all matrices, trained in place of the weights; 0 trains the weights; null means as in the
+    run, or else 0."""
+    reference: Literal["none", "stored", "resident", "resident_fp8", "offloaded", "base"] | None = None
+    """Where the reference is: null means as in the run, or else resident; `base`, of an adapter, is the policy without
+    it."""
     precision: Literal["fp32", "bf16"] | None = None
     """Of weights and activations; null means the run's, or else bf16."""
     fp8: bool | None = None

@@ -53,6 +53,8 @@ class Groups:
     """The processes over which each expert's weights are split."""
     replicas: Axis
     """The processes that hold the same weights (other than of experts): data x context."""
+    virtual: int = 1
+    """Chunks of layers that each process holds."""
     device: torch.device
 
     @property
@@ -90,6 +92,7 @@ def start(parallel: ParallelConfig) -> Groups:
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_virtual(parallel) if _virtual(parallel) > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         # Where experts are shared out at all they stay whole: splitting them as well only makes small matrices smaller.
@@ -101,6 +104,7 @@ def start(parallel: ParallelConfig) -> Groups:
         rank=rank,
         world=world,
         device=device,
+        virtual=_virtual(parallel),
         tp=_axis(parallel_state.get_tensor_model_parallel_group()),
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
         cp=_axis(parallel_state.get_context_parallel_group()),
@@ -109,6 +113,19 @@ def start(parallel: ParallelConfig) -> Groups:
         dp=_axis(parallel_state.get_data_parallel_group()),
         replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
+
+
+def schedule_groups() -> Any:
+    """The groups that megatron's pipeline schedules take for themselves where they are given none."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    names = ["tp", "pp", "cp", "embd", "pos_embd", "dp", "dp_cp", "tp_dp_cp"]
+    return ProcessGroupCollection.use_mpu_process_groups(names)
+
+
+def _virtual(parallel: ParallelConfig) -> int:
+    """Without a pipeline there is nothing to interleave; resolve.py refuses the wish."""
+    return parallel.virtual if parallel.pipeline > 1 else 1
 
 
 def stop() -> None:

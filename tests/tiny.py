@@ -47,6 +47,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
         **{"moe_intermediate_size": 16, "mlp_only_layers": [1], "norm_topk_prob": True},
     },
+    "qwen2_moe": {
+        **{"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        **{"shared_expert_intermediate_size": 24, "mlp_only_layers": [2], "use_sliding_window": True},
+        **{"sliding_window": 7, "max_window_layers": 2},
+    },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "pad_token_id": 0},
     "nemotron": {"model_type": "nemotron", "norm_eps": 1e-5, "hidden_act": "relu2", "head_dim": 8},
     "gemma2": {

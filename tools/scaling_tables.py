@@ -155,8 +155,9 @@ def with_tables(text: str) -> str:
 
 
 def _name(layout: Layout) -> str:
+    chunks = f" ({layout.virtual} chunks)" * (layout.virtual > 1)
     experts = f" (experts {layout.expert})" * (layout.expert > 1)
-    return f"{layout.tensor} x {layout.pipeline} x {layout.data}{experts}"
+    return f"{layout.tensor} x {layout.pipeline}{chunks} x {layout.data}{experts}"
 
 
 def _smallest(estimate: Estimate) -> str:

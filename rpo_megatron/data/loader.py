@@ -44,9 +44,10 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         multiple: int,
+        least_rows: int = 1,
     ) -> None:
         """`multiple`: row lengths are multiples of it, as tensor and sequence parallelism need. `cost`: of the model
-        that reads the rows.
+        that reads the rows. `least_rows`: of a rank in a step, as an interleaved pipeline needs.
 
         Raises UserError for a size below 1.
         """
@@ -66,6 +67,7 @@ class Loader:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._multiple = multiple
+        self._least_rows = least_rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._next: tuple[int, Future[Step]] | None = None
 
@@ -114,6 +116,7 @@ class Loader:
             dp_size=self._dp_size,
             multiple=self._multiple,
             packing=self._packing,
+            least_rows=self._least_rows,
         )
         rows = [self._row(ids[row], draws[row]) for row in packed.ranks[self._dp_rank]]
         return Step(rows=rows, balance=packed.balance)

@@ -55,6 +55,9 @@ class MicroBatch:
     """float64, uniform on [0, 1): the group's random number of this epoch (sampler.draw); 0 for a padding group."""
     group_ids_G: np.ndarray
     """int64. Document index in the store, -1 for a padding group."""
+    group_T: np.ndarray
+    """int64. Index of the group in which the token counts, as one of the distinct tokens of its prompt and responses;
+    -1 for padding and for a prompt that is repeated, from its second time on."""
     has_padding: bool = False
     """True when the last segment is padding."""
 

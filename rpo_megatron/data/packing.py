@@ -3,7 +3,8 @@ plan and keeps its share.
 
 1. Groups go, costliest first, to the data-parallel rank that has the least work so far, whatever room there is; what
    first-fit decreasing then makes of each rank's share bounds the plan: so many rows, so much work on the busiest rank.
-2. Upwards from the fewest rows that could hold the tokens, groups are spread over the ranks by cost, each with so many
+2. Upwards from the fewest rows that could hold the tokens (and that a pipeline with several chunks of layers on each
+   rank needs), groups are spread over the ranks by cost, each with so many
    rows of limited room (partition.py). The first number of rows that works with no more work on the busiest rank than
    in 1 is taken; if none does, the shares of 1.
 3. Each rank's groups are spread once more over its rows, by cost. The rows come costliest first, so that those that the
@@ -44,26 +45,29 @@ class Packing:
     balance: Balance
 
 
-def pack(sizes: Sizes, *, budget: int, dp_size: int, multiple: int, packing: bool = True) -> Packing:
+def pack(
+    sizes: Sizes, *, budget: int, dp_size: int, multiple: int, packing: bool = True, least_rows: int = 1
+) -> Packing:
     """Rows of every data-parallel rank, for at least one group.
 
     Rows hold at most `budget` tokens after padding to `multiple`, unless a single group is longer. `packing=False` puts
-    one group in a row. The result depends on the arguments alone.
+    one group in a row. A rank has at least `least_rows`. The result depends on the arguments alone.
     """
     capacity = budget - budget % multiple if packing else 0
     # A row that a long group has to itself has no room left; without packing every group is such a group.
     size_G = np.minimum(sizes.tokens_G, capacity) if capacity else np.ones_like(sizes.tokens_G)
     items = Items(cost=sizes.cost_G.tolist(), size=size_G.tolist())
-    ranks = [_costliest_first(rows, items) for rows in _plan(items, dp_size=dp_size, room=capacity or 1)]
+    plan = _plan(items, dp_size=dp_size, room=capacity or 1, least_rows=least_rows)
+    ranks = [_costliest_first(rows, items) for rows in plan]
     return Packing(ranks=ranks, balance=_balance(ranks, sizes, multiple=multiple))
 
 
-def _plan(items: Items, *, dp_size: int, room: int) -> list[Rows]:
+def _plan(items: Items, *, dp_size: int, room: int, least_rows: int) -> list[Rows]:
     shares = _shares(items, dp_size=dp_size)
     firsts = [first_fit(share, items, room=room) for share in shares]
-    most_rows = max(map(len, firsts))
+    most_rows = max(least_rows, *map(len, firsts))
     busiest, idle = max(map(items.total, shares)), _empty_rows(firsts, most_rows)
-    fewest_rows = max(1, -(-sum(items.size) // (dp_size * room)))
+    fewest_rows = max(least_rows, -(-sum(items.size) // (dp_size * room)))
     for num_rows in range(fewest_rows, most_rows + 1):
         shape = Shape(num_bins=dp_size, num_rows=num_rows, room=room)
         ranks = spread(range(len(items.cost)), items, shape, limit=busiest)

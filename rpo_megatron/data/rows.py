@@ -51,6 +51,7 @@ def build_row(
         valid_GK=valid_GK,
         draw_G=np.asarray(draws, dtype=np.float64),
         group_ids_G=np.asarray(ids, dtype=np.int64),
+        group_T=np.append(layout.groups(), np.full(padding, -1)),
         has_padding=padding > 0,
     )
 
@@ -61,6 +62,8 @@ class _Layout:
 
     count_G: np.ndarray
     """Responses of each group."""
+    prompt_G: np.ndarray
+    """Lengths of the prompts."""
     length_S: np.ndarray
     prompt_S: np.ndarray
     first_position_S: np.ndarray
@@ -84,6 +87,7 @@ class _Layout:
         start_R = np.cumsum(length_S) - response_R
         return cls(
             count_G=count_G,
+            prompt_G=prompt_G,
             length_S=length_S,
             prompt_S=np.full_like(length_S, -1),
             first_position_S=np.zeros_like(length_S),
@@ -104,6 +108,7 @@ class _Layout:
         is_response_S[prompt_segment_G] = False
         return cls(
             count_G=count_G,
+            prompt_G=prompt_G,
             length_S=length_S,
             prompt_S=np.insert(np.repeat(prompt_segment_G, count_G), first_R, -1),
             first_position_S=np.insert(prompt_R, first_R, 0),
@@ -118,6 +123,15 @@ class _Layout:
         position_N = _runs(self.start_R - 1, self.response_R)
         position_N[np.cumsum(self.response_R) - self.response_R] = self.before_R
         return position_N
+
+    def groups(self) -> np.ndarray:
+        """[T], the group of each token, -1 for a prompt that is there already."""
+        group_G = np.arange(self.count_G.size)
+        end_G = self.before_R[np.cumsum(self.count_G) - self.count_G] + 1  # of the prompt before the first response
+        group_T = np.full(self.length_S.sum(), -1)
+        group_T[_runs(end_G - self.prompt_G, self.prompt_G)] = np.repeat(group_G, self.prompt_G)
+        group_T[_runs(self.start_R, self.response_R)] = np.repeat(np.repeat(group_G, self.count_G), self.response_R)
+        return group_T
 
 
 def empty_row(
@@ -143,6 +157,7 @@ def empty_row(
         valid_GK=np.zeros((1, 1), dtype=np.bool_),
         draw_G=np.zeros(1),
         group_ids_G=np.array([-1]),
+        group_T=np.full(multiple, -1),
         has_padding=True,
     )
 

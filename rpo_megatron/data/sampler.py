@@ -10,6 +10,7 @@ Hashes come from splitmix64, counter-based: ten lines of integer arithmetic that
 a resumed run goes on with the same data on any numpy.
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -35,6 +36,18 @@ def epochs(num_groups: int, *, consumed: int, count: int) -> np.ndarray:
 def draw(*, seed: int, epoch: np.ndarray | int, ids: np.ndarray) -> np.ndarray:
     """One number per (seed, epoch, group id), uniform on [0, 1): the upper 53 bits of a splitmix64 hash. float64."""
     return (_hash(seed, _DRAW, epoch, ids) >> np.uint64(11)) * 2.0**-53
+
+
+def fingerprint(num_groups: int, *, seed: int) -> str:
+    """sha256 over the beginning of two epochs, ids and random numbers: equal where a run gets the same groups in the
+    same order, whatever version of this file decides it."""
+    count = min(num_groups, 1000)
+    digest = hashlib.sha256()
+    for epoch in (0, 1):
+        ids = group_ids(num_groups, seed=seed, consumed=epoch * num_groups, count=count)
+        for array in (ids, draw(seed=seed, epoch=epoch, ids=ids)):
+            digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
 
 
 def _permuted(position: np.ndarray, num_groups: int, *, seed: int, epoch: np.ndarray) -> np.ndarray:

@@ -5,9 +5,12 @@ full score matrix. Nothing quadratic in the row is ever built. There are several
 chosen by name when a model is built:
 
     sdpa     torch's scaled_dot_product_attention per segment, on any device: public API, and the others' oracle
-    merged   prompts and responses in two flash-attention passes (merged.py), no copies of keys; CPU. Where a window or
-             a soft-cap applies, sdpa takes its place
+    merged   prompts and responses in two flash-attention passes, no copies of keys: a call per segment on a CPU
+             (merged.py), one for all segments on a GPU (merged_gpu.py, not yet run on one). Where a window or a
+             soft-cap applies, sdpa takes its place
     flex     torch's FlexAttention (flex.py), one block-sparse kernel for the row; GPU, not yet run on one
+    te       Transformer Engine's fused attention (te_attention.py), for prompts that are not shared; GPU, not yet run
+             on one
 """
 
 import math
@@ -20,16 +23,19 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 
 from rpo_megatron.distributed import Axis
+from rpo_megatron.errors import UserError
+from rpo_megatron.model import merged, merged_gpu
 from rpo_megatron.model.context import attend_over_heads
 from rpo_megatron.model.flex import build_mask, flex_attention
-from rpo_megatron.model.merged import merged_attention
+from rpo_megatron.model.precision import check_transformer_engine
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.shape import ModelShape
+from rpo_megatron.model.te_attention import te_attention
 
 Attend = Callable[..., torch.Tensor]
 """(query [T, 1, h, d], key and value [T, 1, g, d], segments, *, scale) -> [T, 1, h, d]: T tokens, h query heads of this
 tensor rank, g heads of keys and values, d numbers per head."""
-AttentionName = Literal["auto", "sdpa", "merged", "flex"]
+AttentionName = Literal["auto", "sdpa", "merged", "flex", "te"]
 
 
 def choose_attention(name: AttentionName, device: torch.device) -> AttentionName:
@@ -37,6 +43,22 @@ def choose_attention(name: AttentionName, device: torch.device) -> AttentionName
     if name != "auto":
         return name
     return "merged" if device.type == "cpu" else "sdpa"
+
+
+def check_attention(name: AttentionName, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where the chosen implementation cannot compute the model."""
+    key = f"kernels.attention={name}"
+    if name == "te" and device.type == "cpu":
+        raise UserError(f"{key} needs an NVIDIA GPU; set kernels.attention=auto on this machine")
+    if name == "te" and shape.attention_softcap is not None:
+        raise UserError(
+            f"{key} has no fused kernel for the soft-cap on attention scores that {shape.family} has; use "
+            f"kernels.attention=flex or sdpa"
+        )
+    if name in ("merged", "te") and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError(f"{key} computes in bf16 on a GPU: set precision=bf16, or use kernels.attention=sdpa")
+    if name == "te":
+        check_transformer_engine(key, least=(2, 9))  # the first with `autocast`
 
 
 def segment_attention(
@@ -109,10 +131,19 @@ def block_attention(
     return flex_attention(query_T1hd, key_T1gd, value_T1gd, segments.blocks[window], scale=scale, softcap=softcap)
 
 
+def merged_attention(
+    query_T1hd: torch.Tensor, key_T1gd: torch.Tensor, value_T1gd: torch.Tensor, segments: Segments, *, scale: float
+) -> torch.Tensor:
+    """Two merged passes, by the kernels of the device."""
+    attend = merged_gpu.merged_attention if query_T1hd.is_cuda else merged.merged_attention
+    return attend(query_T1hd, key_T1gd, value_T1gd, segments, scale=scale)
+
+
 ATTENTION: dict[AttentionName, Attend] = {
     "sdpa": segment_attention,
     "merged": merged_attention,
     "flex": block_attention,
+    "te": te_attention,
 }
 
 

@@ -6,7 +6,7 @@ The one file that constructs megatron models (GPTModel is announced as deprecate
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,25 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from rpo_megatron.config import Fp8Config, KernelsConfig
+from rpo_megatron.config import Fp8Config, KernelsConfig, MoeConfig
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model import compat
-from rpo_megatron.model.attention import choose_attention
+from rpo_megatron.model.attention import check_attention, choose_attention
+from rpo_megatron.model.chunks import Chunks, DataParallelChunks, chunks_of
 from rpo_megatron.model.context import sum_over_parts, whole_tokens
+from rpo_megatron.model.embedding import use_row_gradients
 from rpo_megatron.model.entropy import token_entropy
 from rpo_megatron.model.families import Activation
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
-from rpo_megatron.model.logprobs import LogprobsName, choose_logprobs, scored_hidden, token_logprobs
+from rpo_megatron.model.linear import use_fast_products
+from rpo_megatron.model.logprobs import choose_kept, choose_logprobs, scored_hidden, token_logprobs
 from rpo_megatron.model.precision import check_hardware, check_transformer_engine, megatron_fields
 from rpo_megatron.model.rotary import Rotary
+from rpo_megatron.model.router import members, use_group_routers
 from rpo_megatron.model.row import Row
 from rpo_megatron.model.scores import Scores
-from rpo_megatron.model.shape import ModelShape, padded_vocab, stage_layers
+from rpo_megatron.model.shape import ModelShape, chunk_layers, padded_vocab
 from rpo_megatron.model.swiglu import fuse_swiglu
 from rpo_megatron.model.te_layers import te_block_spec
 from rpo_megatron.model.token_kl import token_kl
@@ -53,10 +57,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ScoringModel(GPTModel):
-    """This pipeline stage of a GPT that answers with numbers per token or per response instead of logits.
+    """This pipeline stage of a GPT, or a chunk of it, that answers with numbers per token or per response instead of
+    logits.
 
-    forward(row) gives hidden states [T, 1, H] on every stage but the last, and Scores there. Embedding, decoder and
-    output layer are GPTModel's; what is ours is the way between them, and the value head that a reward model has in
+    forward(row) gives hidden states [T, 1, H] everywhere but at the model's end, and Scores there. Embedding, decoder
+    and output layer are GPTModel's; what is ours is the way between them, and the value head that a reward model has in
     place of the output layer.
     """
 
@@ -67,19 +72,22 @@ class ScoringModel(GPTModel):
         groups: Groups,
         *,
         layers: TransformerBlockSubmodules,
-        logprobs: LogprobsName,
+        logprobs: Callable[..., torch.Tensor],
+        chunk: int | None = None,
     ) -> None:
+        """`logprobs` is token_logprobs as the kernels were chosen; `chunk` is None where a stage has just one."""
         is_lm = shape.head == "lm"
         super().__init__(
             config=config,
             transformer_layer_spec=layers,
             vocab_size=padded_vocab(shape),
             max_sequence_length=shape.max_positions,
-            pre_process=groups.pp.first,
-            post_process=groups.pp.last,
+            pre_process=groups.pp.first and chunk in (None, 0),
+            post_process=groups.pp.last and chunk in (None, groups.virtual - 1),
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied_embeddings and is_lm,
             position_embedding_type="none",
+            vp_stage=chunk,
         )
         self.shape = shape
         self.tp = groups.tp
@@ -111,12 +119,22 @@ class ScoringModel(GPTModel):
             attention_mask=None,
             rotary_pos_emb=self.rotary(row.positions_T[here]),
             packed_seq_params=row.segments,
+            padding_mask=self._members(row),
         )
         if not self.post_process:
             return hidden
         if self.shape.head == "value":
             return Scores(value_GK=self._values(hidden, row))
         return self._token_scores(hidden, row, keep_hidden=keep_hidden, entropy=entropy)
+
+    def _members(self, row: Row) -> torch.Tensor | None:
+        """For the routers of experts: which of the tokens that they see on this rank belong to which group, [G, t]."""
+        if self.shape.experts is None or row.group_T is None:
+            return None
+        group_t = row.group_T if row.part is None else row.group_T[row.part.tokens]
+        if self.config.sequence_parallel:
+            group_t = group_t.chunk(self.tp.size)[self.tp.rank]
+        return members(group_t, len(row.last_position_GK))
 
     def _embed(self, tokens_1T: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.embedding(input_ids=tokens_1T, position_ids=None)
@@ -144,7 +162,7 @@ class ScoringModel(GPTModel):
             return number_M if part is None else whole_tokens(number_M, part, self.cp)
 
         return Scores(
-            logp_N=whole(token_logprobs(hidden_NH, shard, label_N, impl=self.logprobs)),
+            logp_N=whole(self.logprobs(hidden_NH, shard, label_N)),
             token_kl_N=None if row.reference is None else whole(token_kl(hidden_NH, shard, row.reference)),
             entropy_N=whole(token_entropy(hidden_NH, shard)) if entropy else None,
             hidden_NH=hidden_NH.detach() if keep_hidden else None,
@@ -162,6 +180,10 @@ class ScoringModel(GPTModel):
         return sharded
 
 
+Model: TypeAlias = ScoringModel | Chunks
+"""This rank's part of a model."""
+
+
 def build(
     shape: ModelShape,
     *,
@@ -172,7 +194,8 @@ def build(
     kernels: KernelsConfig | None = None,
     fp8: Fp8Config | None = None,
     fp8_weights: bool = False,
-) -> ScoringModel:
+    moe: MoeConfig | None = None,
+) -> Model:
     """This rank's part of the model, with weights not yet set. `fp8_weights` is for a model that is never updated."""
     fp8, kernels = fp8 or Fp8Config(), kernels or KernelsConfig()
     config = transformer_config(
@@ -186,20 +209,36 @@ def build(
     if shape.experts is not None:
         compat.route_without_te()
         compat.split_sizes_for_gloo()
-    layers = _layers(config, shape, kernels, fp8, groups)
-    logprobs = choose_logprobs(kernels.logprobs, groups.device)
-    model = ScoringModel(config, shape, groups, layers=layers, logprobs=logprobs).to(groups.device)
+    name = choose_logprobs(kernels.logprobs, groups.device)
+    keep_bytes = choose_kept(kernels.keep_logits_mib, name, groups.device)
+    logprobs = partial(token_logprobs, impl=name, keep_bytes=keep_bytes)
+
+    def part(chunk: int | None) -> ScoringModel:
+        layers = _layers(config, shape, kernels, fp8, groups, chunk)
+        use_group_routers(layers, moe or MoeConfig())
+        # With gradients enabled, megatron lets FP8 weights keep the values that they were made from, in host memory.
+        with torch.set_grad_enabled(not fp8_weights):
+            return ScoringModel(config, shape, groups, layers=layers, logprobs=logprobs, chunk=chunk).to(groups.device)
+
+    model: Model = part(None) if groups.virtual == 1 else Chunks(map(part, range(groups.virtual)))
     fuse_swiglu(model, shape)
     compat.mark_sharded_weights(model)
+    use_row_gradients(model)
+    if groups.device.type == "cpu":
+        use_fast_products(model)
     return model
 
 
-def wrap(model: ScoringModel, *, overlap: bool = False, bucket_size: int | None = None) -> DistributedDataParallel:
+def wrap(
+    model: Model, *, overlap: bool = False, bucket_size: int | None = None
+) -> DistributedDataParallel | DataParallelChunks:
     """Megatron's data parallelism with gradients reduced in fp32 and sharded for the distributed optimizer.
 
     `overlap`: a bucket of gradients is reduced as soon as the backward of the last micro-batch has filled it, and a
-    bucket of updated weights is gathered when the next forward comes to it. Pipeline stages need no further alignment
-    (megatron's grad_sync_func and param_sync_func): every stage has one schedule chunk and starts by itself.
+    bucket of updated weights is gathered when the next forward comes to it. Pipeline stages start both by themselves,
+    in the order of their schedule, the same on all data-parallel ranks. Megatron's grad_sync_func and param_sync_func
+    would have them all start at once: less time that one stage lends the network to another's transfers, against a
+    reduction that begins later.
     """
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -208,12 +247,15 @@ def wrap(model: ScoringModel, *, overlap: bool = False, bucket_size: int | None 
         overlap_param_gather=overlap,
         bucket_size=bucket_size,
     )
-    wrapped = DistributedDataParallel(model.config, ddp, model)
+    compat.skip_collectives_of_one()
+    wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks_of(model)]
     if overlap:
-        model.config.no_sync_func = wrapped.no_sync  # only the last micro-batch's backward fills the buckets
-        if model.post_process and model.shape.head == "lm":
-            _gather_output_layer(model, wrapped)
-    return wrapped
+        # Only the last micro-batch's backward fills the buckets.
+        model.config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [one.no_sync for one in wrapped]
+        last = wrapped[-1].module
+        if last.post_process and last.shape.head == "lm" and last.vocab_shard.weight_VH.requires_grad:
+            _gather_output_layer(last, wrapped[-1])
+    return DataParallelChunks(model, wrapped) if isinstance(model, Chunks) else wrapped[0]
 
 
 def _gather_output_layer(model: ScoringModel, wrapped: DistributedDataParallel) -> None:
@@ -233,14 +275,20 @@ def choose_layers(kernels: KernelsConfig, fp8: Fp8Config) -> Literal["megatron",
 
 
 def _layers(
-    config: TransformerConfig, shape: ModelShape, kernels: KernelsConfig, fp8: Fp8Config, groups: Groups
+    config: TransformerConfig,
+    shape: ModelShape,
+    kernels: KernelsConfig,
+    fp8: Fp8Config,
+    groups: Groups,
+    chunk: int | None,
 ) -> TransformerBlockSubmodules:
     attention = choose_attention(kernels.attention, groups.device)
+    check_attention(attention, shape, device=groups.device, dtype=config.params_dtype)
     if choose_layers(kernels, fp8) == "megatron":
-        return block_spec(config, shape, attention=attention, cp=groups.cp)
+        return block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
-    return te_block_spec(config, shape, attention=attention, cp=groups.cp)
+    return te_block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
 
 
 def transformer_config(
@@ -250,7 +298,7 @@ def transformer_config(
     dtype = DTYPES[precision]
     return TransformerConfig(
         **_architecture(shape),
-        **_uneven_stages(stage_layers(shape, groups.pp.size)),
+        **_pipeline(chunk_layers(shape, groups.pp.size, groups.virtual), groups),
         **fields,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -264,10 +312,9 @@ def transformer_config(
         # divides once. "Token" in its name is whatever the count counts.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # Megatron overlaps transfers between stages with computation only where a stage has several chunks of layers
-        # (overlap_p2p_comm with virtual stages), which ours have not: its 1F1B schedule refuses the setting.
         # Rows differ in length. Megatron's check asks for the all-to-all dispatcher even in dense models.
         variable_seq_lengths=groups.pp.size > 1,
+        batch_p2p_sync=False,  # against a race of old versions of torch: the host would wait for every message
         moe_token_dispatcher_type="alltoall",
         perform_initialization=False,
         use_cpu_initialization=groups.device.type == "cpu",
@@ -281,10 +328,21 @@ def transformer_config(
     )
 
 
-def _uneven_stages(stages: tuple[int, ...]) -> dict[str, int]:
-    if len(set(stages)) == 1:
+def _pipeline(chunks: tuple[int, ...], groups: Groups) -> dict[str, Any]:
+    """Which layers are where, and how they pass on what they computed."""
+    if groups.virtual > 1:
+        names = [["decoder"] * count for count in chunks]
+        return {
+            "virtual_pipeline_model_parallel_size": groups.virtual,
+            "pipeline_model_parallel_layout": [["embedding", *names[0]], *names[1:-1], [*names[-1], "loss"]],
+            # Transfers run behind computation. Its other way of sending confuses the two messages that two stages have
+            # for each other at once, without saying so; 1F1B, with one chunk for each rank, knows only that other way.
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    if len(set(chunks)) == 1:
         return {}
-    return {"num_layers_in_first_pipeline_stage": stages[0], "num_layers_in_last_pipeline_stage": stages[-1]}
+    return {"num_layers_in_first_pipeline_stage": chunks[0], "num_layers_in_last_pipeline_stage": chunks[-1]}
 
 
 def _architecture(shape: ModelShape) -> dict[str, Any]:
@@ -318,6 +376,8 @@ def _experts(shape: ModelShape) -> dict[str, Any]:
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_size,
         "moe_router_topk": experts.per_token,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_size or None,
+        "moe_shared_expert_gate": experts.shared_gate,
         # Softmax over the chosen experts gives the same as dividing their shares of all by their sum.
         "moe_router_pre_softmax": not experts.normalise,
         "moe_router_dtype": "fp32",

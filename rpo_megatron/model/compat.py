@@ -1,10 +1,15 @@
 """Every workaround for megatron-core, each with its reason and the condition for its removal. Empty is the goal."""
 
+import functools
+import os
 import queue
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
@@ -28,11 +33,13 @@ def use_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
     modules[1].HAVE_APEX_OR_TE = modules[1].USING_APEX_OPTIMIZER = True
 
 
-def has_fused_adam() -> bool:
-    """True where megatron found FusedAdam in Transformer Engine or apex."""
+@functools.cache
+def fused_adam() -> type[torch.optim.Optimizer] | None:
+    """The FusedAdam that megatron found in Transformer Engine or apex, if any; before `use_optimizer` hides it."""
     from megatron.core import optimizer as package
 
-    return not getattr(package, "USING_PYTORCH_OPTIMIZER", True)
+    module: Any = package
+    return None if module.USING_PYTORCH_OPTIMIZER else module.Adam
 
 
 def mark_sharded_weights(model: torch.nn.Module) -> None:
@@ -48,6 +55,26 @@ def mark_sharded_weights(model: torch.nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if type(module) in split_dim and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, True, split_dim[type(module)], 1)
+
+
+@contextmanager
+def pickled_scales() -> Iterator[None]:
+    """Let Transformer Engine read the scales of delayed scaling from a checkpoint, while it lasts.
+
+    Why: it keeps them as a pickle, and from 2.20 on (pytorch/_extra_state.py) refuses to read it back unless this
+    variable says that the checkpoint is trusted. Ours has passed its checksums by then, and is a pickle in other parts
+    as well, which is documented.
+    Remove when: Transformer Engine keeps these scales as tensors.
+    """
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def route_without_te() -> None:
@@ -82,6 +109,52 @@ def split_sizes_for_gloo() -> None:
 
     module: Any = token_dispatcher
     module.maybe_move_tensor_to_cpu = move_or_convert
+
+
+def skip_collectives_of_one() -> None:
+    """Leave out the reduction of gradients and the gathering of weights where one rank has all of them.
+
+    Why: megatron-core (0.16.1 to 0.19.2) reduces its gradient buffer into itself, and gathers the weights into
+    themselves, on a single data-parallel rank too (param_and_grad_buffer.py). NCCL does nothing then; gloo copies the
+    buffer to a second one and back.
+    Remove when: megatron-core asks for the size of the group first.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    module: Any = param_and_grad_buffer
+    module.dist_reduce_scatter_func = _unless_alone(dist.reduce_scatter_tensor)
+    module.dist_all_gather_func = _unless_alone(dist.all_gather_into_tensor)
+
+
+def clip_in_place() -> None:
+    """Scale gradients where they are.
+
+    Why: without Transformer Engine and apex, megatron-core (0.16.1 to 0.19.2) makes a second tensor of each gradient's
+    size to clip it and copies it back (utils.py, local_multi_tensor_scale).
+    Remove when: it scales in place.
+    """
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    def scale_in_place(_: Any, __: Any, tensors: list[list[torch.Tensor]], scale: float) -> None:
+        for source, target in zip(*tensors, strict=True):
+            torch.mul(source, scale, out=target)
+
+    module: Any = clip_grads
+    if module.multi_tensor_scale_impl is local_multi_tensor_scale:
+        module.multi_tensor_scale_impl = scale_in_place
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """For collectives from a tensor to itself."""
+
+    def run(output: torch.Tensor, given: torch.Tensor, *, group: Any, **options: Any) -> Any:
+        if group.size() > 1:
+            return collective(output, given, group=group, **options)
+        assert output.data_ptr() == given.data_ptr()
+        return None
+
+    return run
 
 
 def save_strategy() -> Any:

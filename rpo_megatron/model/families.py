@@ -4,7 +4,7 @@ A new family of known parts is a row of FAMILIES. No torch and no numpy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -75,6 +75,8 @@ class HFConfig(msgspec.Struct, kw_only=True):
     norm_topk_prob: bool = True
     mlp_only_layers: list[int] | None = None
     decoder_sparse_step: Count = 1
+    shared_expert_intermediate_size: Count = 5632
+    qkv_bias: bool = True
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -100,6 +102,14 @@ def _upper_layers(config: HFConfig) -> Layers:
         return ()
     listed = _listed(config)
     return range(config.max_window_layers, config.num_hidden_layers) if listed is None else listed
+
+
+def _every_other_lower_layer(config: HFConfig) -> Layers:
+    """Qwen2-MoE: only with use_sliding_window, and of the first max_window_layers layers the even ones."""
+    if not config.use_sliding_window:
+        return ()
+    listed = _listed(config)
+    return range(0, min(config.max_window_layers, config.num_hidden_layers), 2) if listed is None else listed
 
 
 def _every_other_layer(config: HFConfig) -> Layers:
@@ -140,6 +150,8 @@ class ExpertNames:
     gate: str
     up: str
     down: str
+    shared: bool = False
+    """There is one more, `shared_expert`, with a gate of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +221,21 @@ FAMILIES: Mapping[str, Family] = {
         sliding=_upper_layers,
         defaults={"num_key_value_heads": 32, "sliding_window": 4096},
     ),
+    "qwen2_moe": Family(
+        class_prefix="Qwen2Moe",
+        qkv_bias=True,
+        experts=replace(_QWEN_EXPERTS, shared=True),
+        sliding=_every_other_lower_layer,
+        renamed={"num_experts": "num_local_experts"},
+        defaults={
+            "num_key_value_heads": 16,
+            "sliding_window": 4096,
+            "num_local_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": False,
+        },
+    ),
     "qwen3": Family(
         class_prefix="Qwen3",
         qk_norm=True,
@@ -265,6 +292,5 @@ REFUSED: Mapping[str, str] = {
     "gemma": "it is Gemma 1; supported are gemma2 and gemma3_text",
     "phi": "it is Phi-1 or Phi-2; supported is phi3 (Phi-3, Phi-3.5, Phi-4)",
     "phimoe": "its router draws its experts one after the other (sparsemixer)",
-    "qwen2_moe": "its experts include a shared one with a gate; supported is qwen3_moe",
 }
 """Families that users ask for and that we do not support: why."""

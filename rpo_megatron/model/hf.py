@@ -97,7 +97,8 @@ def load_shards(
             rank, size = etp if etp is not None and table[name].of_expert else (tp_rank, tp_size)
             local = shard(table[name], reader.read, shape, tp_rank=rank, tp_size=size)
             assert local.shape == param.shape, f"{name}: {tuple(param.shape)} is to be filled by {tuple(local.shape)}"
-            param.copy_(local)
+            # Weights kept in FP8 say that they are bf16: rounded to that first, they are what the policy computes with.
+            param.copy_(local.to(param.dtype))
 
 
 def check_accounted(reader: HFReader, shape: ModelShape) -> None:

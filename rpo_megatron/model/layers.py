@@ -31,8 +31,10 @@ class TwoBaseAttention(SelfAttention):
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.which], **kwargs)
 
 
-def block_spec(config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
+def block_spec(
+    config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis, chunk: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of one of its chunks, and the final norm."""
     norm = NORMS[shape.norm]
 
     def layer(num_experts: int | None) -> ModuleSpec:
@@ -49,13 +51,16 @@ def block_spec(config: Any, shape: ModelShape, *, attention: AttentionName, cp: 
             inside.q_layernorm = inside.k_layernorm = norm
         return complete(spec, config, shape, attention=attention, cp=cp)
 
-    return TransformerBlockSubmodules(layer_specs=of_stage(config, shape, layer), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=of_stage(config, shape, layer, chunk=chunk), layer_norm=norm)
 
 
-def of_stage(config: Any, shape: ModelShape, layer: Callable[[int | None], ModuleSpec]) -> list[ModuleSpec]:
-    """The layers of this pipeline stage; `layer` makes one with so many experts, or without (None)."""
-    first = get_transformer_layer_offset(config)
-    numbers = range(first, first + get_num_layers_to_build(config))
+def of_stage(
+    config: Any, shape: ModelShape, layer: Callable[[int | None], ModuleSpec], *, chunk: int | None
+) -> list[ModuleSpec]:
+    """The layers of this pipeline stage (chunk=None), or of one of its chunks; `layer` makes one with so many experts,
+    or without (None)."""
+    first = get_transformer_layer_offset(config, chunk)
+    numbers = range(first, first + get_num_layers_to_build(config, chunk))
     count = shape.experts.count if shape.experts is not None else None
     kinds = {experts: layer(count if experts else None) for experts in {shape.has_experts(i) for i in numbers}}
     return [kinds[shape.has_experts(i)] for i in numbers]

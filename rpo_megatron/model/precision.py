@@ -12,7 +12,7 @@ and fp32: there FP8 saves little and costs log-probabilities their digits.
 | mxfp8      | 32 numbers                         | their own (Blackwell hardware) | mxfp8                 |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rpo_megatron.config import Fp8Config
@@ -48,6 +48,13 @@ def row_alignment(fp8: Fp8Config) -> int:
     """Rows (a context rank's part, with sequence parallelism a tensor rank's part of that) are padded to a multiple of
     this, as a segment of their own: padding inside a segment would take part in its scale."""
     return 1 if fp8.recipe == "none" else RECIPES[fp8.recipe].align
+
+
+def frozen(fp8: Fp8Config) -> Fp8Config:
+    """The precision of a model that is never updated. Its log-probabilities have to be a function of its weights and
+    the tokens, which they are not with scales from the values of the past (`delayed`, which a pass without gradients
+    does not even renew): such a model takes its scales from the tensors themselves."""
+    return replace(fp8, recipe="tensorwise") if fp8.recipe == "delayed" else fp8
 
 
 def megatron_fields(fp8: Fp8Config, *, fp8_weights: bool) -> dict[str, Any]:

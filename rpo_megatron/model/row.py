@@ -1,10 +1,12 @@
 """Row: one packed micro-batch as the model reads it, on the rank's device."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from rpo_megatron.model.borders import Borders, SharedBorders
 from rpo_megatron.model.context import Part
 from rpo_megatron.model.flex import FlexMask
 from rpo_megatron.model.scores import ReferenceTokens
@@ -27,6 +29,8 @@ class Segments(PackedSeqParams):
     """Made by `mask`, for all layers to use."""
     blocks: dict[int | None, FlexMask] = field(default_factory=dict)
     """The same for FlexAttention, by window."""
+    made: dict[str, Borders | SharedBorders | None] = field(default_factory=dict)
+    """The same for kernels that read borders; see `borders` and `shared_borders`."""
 
     @property
     def longest(self) -> int:
@@ -47,6 +51,18 @@ class Segments(PackedSeqParams):
                 self.masks[key] += hidden.tril_(context - window)
         return self.masks[key]
 
+    def borders(self, device: torch.device) -> Borders:
+        """Where the segments begin. `device` is that of the row."""
+        if "own" not in self.made:
+            self.made["own"] = Borders.of(self.lengths, device)
+        return cast(Borders, self.made["own"])
+
+    def shared_borders(self, device: torch.device) -> SharedBorders | None:
+        """What attends to shared prompts; None where nothing does."""
+        if "shared" not in self.made:
+            self.made["shared"] = SharedBorders.of(self.lengths, self.prompts, device)
+        return cast(SharedBorders | None, self.made["shared"])
+
     def _context(self, segment: int) -> int:
         prompt = self.prompts[segment]
         return self.lengths[prompt] if prompt >= 0 else 0
@@ -65,5 +81,8 @@ class Row:
     before_last_position_GK: torch.Tensor
     part: Part | None = None
     """What of the row lies on this context rank; None without context parallelism. The arrays are the whole row's."""
+    group_T: torch.Tensor | None = None
+    """int64. The group that each token counts for, see data/microbatch.py; read by routers of experts, and None where
+    they need not count."""
     reference: ReferenceTokens | None = None
     """Given to a model with an output layer, it also answers with the token KL. Read on the last stage only."""

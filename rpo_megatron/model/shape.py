@@ -38,6 +38,10 @@ class Experts:
     """The chosen experts' shares of a token sum to 1; else they are those of the softmax over all experts."""
     dense_layers: tuple[int, ...] = ()
     """Layers without experts, counted from 0."""
+    shared_ffn_size: int = 0
+    """Of one more expert, which computes every token; 0 where there is none."""
+    shared_gate: bool = False
+    """What it computes is multiplied by a sigmoid of the token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,7 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
         norm_eps=config.rms_norm_eps,
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
-        qkv_bias=family.qkv_bias,
+        qkv_bias=family.qkv_bias and config.qkv_bias,
         qk_norm=family.qk_norm,
         max_positions=_max_positions(config, rope),
         sliding_window=config.sliding_window if len(full) < config.num_hidden_layers else None,
@@ -173,6 +177,8 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
 def _renamed(raw: dict[str, Any], family: Family) -> dict[str, Any]:
     """With the keys that have a name of the family's own under those of HFConfig."""
     own = {ours: raw[theirs] for theirs, ours in family.renamed.items() if raw.get(theirs) is not None}
+    if raw.get("use_sliding_window") is False and raw.get("sliding_window") == 0:  # so transformers writes Qwen2-MoE's
+        own["sliding_window"] = None
     return {**raw, **own}
 
 
@@ -226,6 +232,8 @@ def _experts(config: HFConfig, family: Family) -> Experts | None:
         ffn_size=config.moe_intermediate_size or config.intermediate_size,
         normalise=config.norm_topk_prob,
         dense_layers=tuple(i for i in layers if i in without or (i + 1) % config.decoder_sparse_step),
+        shared_ffn_size=config.shared_expert_intermediate_size if family.experts.shared else 0,
+        shared_gate=family.experts.shared,
     )
 
 
@@ -284,15 +292,25 @@ def _feed_forward(shape: ModelShape, layer: int) -> int:
     per_column = (3 if shape.gated else 2) * shape.hidden_size
     if not shape.has_experts(layer):
         return per_column * shape.ffn_size
-    assert shape.experts is not None
-    return shape.experts.count * (per_column * shape.experts.ffn_size + shape.hidden_size)
+    experts = shape.experts
+    assert experts is not None
+    shared = per_column * experts.shared_ffn_size + shape.hidden_size * experts.shared_gate
+    return experts.count * (per_column * experts.ffn_size + shape.hidden_size) + shared
 
 
 def check_layout(
-    shape: ModelShape, *, tensor: int, pipeline: int, context: int = 1, expert: int = 1, sequence: bool | None = None
+    shape: ModelShape,
+    *,
+    tensor: int,
+    pipeline: int,
+    virtual: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    sequence: bool | None = None,
 ) -> None:
     """Raise UserError, with the nearest sizes that work, if the model cannot be split over tensor x pipeline x context
-    ranks. `sequence` is parallel.sequence where the model is to be run, None where its weights are only passed on."""
+    ranks, `virtual` chunks of layers on each. `sequence` is parallel.sequence where the model is to be run, None where
+    its weights are only passed on."""
     split = {
         "heads": shape.num_heads,
         "kv heads": shape.num_kv_heads,
@@ -305,6 +323,8 @@ def check_layout(
         raise UserError(f"parallel.expert={expert} does not divide the experts: the model {what}")
     if shape.experts is not None:
         split["feed-forward columns of an expert"] = shape.experts.ffn_size
+        if shape.experts.shared_ffn_size:
+            split["feed-forward columns of the shared expert"] = shape.experts.shared_ffn_size
         if tensor > 1 and sequence is False:
             raise UserError("a model with experts needs parallel.sequence=true where parallel.tensor is more than 1")
     _check_divides("parallel.tensor", tensor, split)
@@ -317,6 +337,11 @@ def check_layout(
         )
     if not 1 <= pipeline <= shape.num_layers:
         raise UserError(f"parallel.pipeline={pipeline} must be from 1 to the model's {shape.num_layers} layers")
+    if pipeline * virtual > shape.num_layers:
+        raise UserError(
+            f"parallel.pipeline={pipeline} x parallel.virtual={virtual} is more than the model's {shape.num_layers} "
+            f"layers; with this pipeline, parallel.virtual can be at most {shape.num_layers // pipeline}"
+        )
 
 
 def stage_layers(shape: ModelShape, pipeline: int) -> tuple[int, ...]:
@@ -332,6 +357,15 @@ def stage_layers(shape: ModelShape, pipeline: int) -> tuple[int, ...]:
         return (shape.num_layers,)
     candidates = [split(middle) for middle in range(1, shape.num_layers + 1)]
     return min((stages for stages in candidates if min(stages) > 0), key=lambda stages: (max(stages), stages[-1]))
+
+
+def chunk_layers(shape: ModelShape, pipeline: int, virtual: int) -> tuple[int, ...]:
+    """Layers of each chunk, in the order of the layers: chunk i is on pipeline rank i % pipeline. With one chunk for
+    each rank, those of its stage; of several, the first ones have one more where they cannot be equal."""
+    if virtual == 1:
+        return stage_layers(shape, pipeline)
+    count = pipeline * virtual
+    return tuple(shape.num_layers // count + (i < shape.num_layers % count) for i in range(count))
 
 
 def _check_divides(key: str, size: int, counts: Mapping[str, int]) -> None:

@@ -41,8 +41,40 @@ class Source:
         """Identity of the weights, equal wherever the directory is copied."""
         if self.kind == "huggingface":
             return weights_fingerprint(self.path)
-        files = {name: sha for name, sha in read_state(self.path)["files"].items() if name.startswith(SHARDS)}
+        state = read_state(self.path)
+        files = {name: sha for name, sha in state["files"].items() if name.startswith(SHARDS)}
+        if state.get("adapter") is not None:
+            files["base"] = state["base"]["weights"]
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """Of a checkpoint that holds an adapter and not a whole model: the adapter's structure."""
+        return None if self.kind == "huggingface" else read_state(self.path).get("adapter")
+
+    @property
+    def base_weights(self) -> str | None:
+        """Fingerprint of the whole model that the adapter belongs to."""
+        return None if self.adapter is None else read_state(self.path)["base"]["weights"]
+
+    def base(self) -> "Source":
+        """The whole model that the adapter belongs to. Raises UserError when that is no longer where it was."""
+        path = read_state(self.path)["base"]["path"]
+        try:
+            base = find(path)
+        except UserError as error:
+            raise UserError(f"{self.path}: is an adapter, and its base is not where it was: {error}") from None
+        self.check_base(base)
+        return base
+
+    def check_base(self, base: "Source", *, key: str | None = None) -> None:
+        """Raises UserError when the adapter belongs to other weights than `base`."""
+        record, found = read_state(self.path)["base"], base.fingerprint()
+        if record["weights"] != found:
+            raise UserError(
+                f"{f'{key}: ' if key else ''}{self.path}: is an adapter of {record['path']} with the weights "
+                f"{record['weights'][:12]}; {base.path} has the weights {found[:12]}, with which it does not work"
+            )
 
 
 def find(path: str | Path) -> Source:

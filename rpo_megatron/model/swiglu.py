@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 from rpo_megatron.model.shape import ModelShape
 
@@ -44,6 +45,6 @@ def fuse_swiglu(model: torch.nn.Module, shape: ModelShape) -> None:
     if not (shape.gated and shape.activation == "silu"):
         return
     for module in model.modules():
-        if isinstance(module, MLP):
+        if isinstance(module, MLP | TEGroupedMLP):
             module.activation_func = swiglu
             module.config.use_te_activation_func = True

@@ -26,13 +26,17 @@
     layers.i.block_sparse_moe.gate.weight         decoder.layers.i.mlp.router.weight                   replicated
     layers.i.block_sparse_moe.experts.e.{w1,w3}.* decoder.layers.i.mlp.experts.e.linear_fc1.weight     gated
     layers.i.block_sparse_moe.experts.e.w2.weight decoder.layers.i.mlp.experts.e.linear_fc2.weight     input
+    and one that computes every token (Qwen2-MoE):
+    layers.i.mlp.shared_expert.{gate,up}_proj.*   decoder.layers.i.mlp.shared_experts.linear_fc1.weight gated
+    layers.i.mlp.shared_expert.down_proj.weight   decoder.layers.i.mlp.shared_experts.linear_fc2.weight input
+    layers.i.mlp.shared_expert_gate.weight        decoder.layers.i.mlp.shared_experts.gate_weight      replicated
 
 Layers are numbered over the whole model, whatever the pipeline stage, and experts over the whole layer, whatever the
 rank that has them. Weights are [out, in].
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rpo_megatron.model.families import FAMILIES
@@ -167,6 +171,11 @@ def _experts(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
         gate_up = {f"{source}{names.gate}.weight": up, f"{source}{names.up}.weight": up}
         rows.append(_entry(f"{inside}linear_fc1.weight", "gated", gate_up))
         rows.append(_entry(f"{inside}linear_fc2.weight", "input", {f"{source}{names.down}.weight": down}))
+    if experts.shared_ffn_size:
+        inside, source = f"{mega}shared_experts.", f"{hf}{names.block}.shared_expert"
+        rows += _dense(replace(shape, ffn_size=experts.shared_ffn_size), inside, f"{source}.")
+    if experts.shared_gate:
+        rows.append(_entry(f"{inside}gate_weight", "replicated", {f"{source}_gate.weight": (1, shape.hidden_size)}))
     return rows
 
 

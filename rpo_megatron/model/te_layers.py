@@ -2,7 +2,9 @@
 
 The same mathematics as layers.py, with the same core attention, and the same names in checkpoints: megatron maps those
 of its own layers to Transformer Engine's. Inside the model a fused norm's weight belongs to the linear layer, so
-`canonical_name` gives it the name that it has there, by which weights are read and exported.
+`canonical_name` gives it the name that it has there, by which weights are read and exported. A rank's experts are one
+module, which multiplies with the weights of all of them in one kernel (GroupedLinear); for FP8 it pads each expert's
+tokens to what the recipe needs.
 """
 
 from typing import Any
@@ -25,16 +27,22 @@ FUSED_NORMS = {
 }
 
 
-def te_block_spec(config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
+def te_block_spec(
+    config: Any, shape: ModelShape, *, attention: AttentionName, cp: Axis, chunk: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of one of its chunks, and the final norm."""
 
     def layer(num_experts: int | None) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=shape.qk_norm
+            num_experts=num_experts, moe_grouped_gemm=True, qk_layernorm=shape.qk_norm
         )
+        if num_experts is not None:  # a norm that is not fused has the name in checkpoints that layers.py's has
+            names = spec.submodules.sharded_state_dict_keys_map
+            spec.submodules.sharded_state_dict_keys_map = {**names, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
         return complete(spec, config, shape, attention=attention, cp=cp)
 
-    return TransformerBlockSubmodules(layer_specs=of_stage(config, shape, layer), layer_norm=transformer_engine.TENorm)
+    specs = of_stage(config, shape, layer, chunk=chunk)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=transformer_engine.TENorm)
 
 
 def canonical_name(name: str) -> str:

@@ -87,11 +87,11 @@ def backward(
     *,
     num_words: int,
     softcap: float | None,
-    grad_weight_VH: torch.Tensor,
+    grad_weight_VH: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient of the hidden states through this rank's words, [N, H] in their dtype; the weight's is added to the fp32
-    `grad_weight_VH`. `grad_N` is the gradient by the log-probabilities; `max_N` and `sum_N` are the whole
-    vocabulary's, merged over the ranks. Those three are fp32."""
+    `grad_weight_VH`, if there is one. `grad_N` is the gradient by the log-probabilities; `max_N` and `sum_N` are the
+    whole vocabulary's, merged over the ranks. Those three are fp32."""
     total_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
     grad_N = grad_N.contiguous()  # a sum's gradient is one number, expanded
     scale_N = -grad_N / sum_N
@@ -113,7 +113,8 @@ def backward(
             num_warps=8,
         )
         _add_product(total_NH[rows], grad_RW, weight_VH[words])
-        _add_product(grad_weight_VH[words], grad_RW.T, hidden_NH[rows])
+        if grad_weight_VH is not None:
+            _add_product(grad_weight_VH[words], grad_RW.T, hidden_NH[rows])
     return total_NH.to(hidden_NH.dtype)
 
 

@@ -1,7 +1,8 @@
 """Fill this rank's part of a model from a Hugging Face directory or from nothing, and gather it back for export."""
 
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from rpo_megatron.distributed import Groups, gather_objects
-from rpo_megatron.model.build import ScoringModel
+from rpo_megatron.model.build import Model
+from rpo_megatron.model.chunks import chunks_of
 from rpo_megatron.model.hf import check_accounted, load_shards, merge
 from rpo_megatron.model.hf_io import HFReader
 from rpo_megatron.model.shape import Head, ModelShape
@@ -17,7 +19,7 @@ from rpo_megatron.model.table import SCORE, Entry, entries, hf_tensors
 from rpo_megatron.model.te_layers import canonical_name
 
 
-def load_hf(model: ScoringModel, directory: str, groups: Groups, *, head: Head) -> None:
+def load_hf(model: Model, directory: str, groups: Groups, *, head: Head) -> None:
     """Stream the directory's tensors into the shards of the running layout.
 
     `head` is the one that the directory has; a value head that it lacks is left alone. Raises UserError when the files
@@ -31,14 +33,14 @@ def load_hf(model: ScoringModel, directory: str, groups: Groups, *, head: Head) 
         load_shards(wanted, reader=reader, shape=model.shape, **_place(groups))
 
 
-def draw_value_head(model: ScoringModel, seed: int, groups: Groups) -> None:
+def draw_value_head(model: Model, seed: int, groups: Groups) -> None:
     """Fill the value head, on the stage that has it, as `load_random` would."""
     mine = {name: tensor for name, tensor in global_parameters(model).items() if name == SCORE}
     reader = _RandomTensors(model.shape, seed)
     load_shards(mine, reader=reader, shape=model.shape, **_place(groups))
 
 
-def load_random(model: ScoringModel, seed: int, groups: Groups) -> None:
+def load_random(model: Model, seed: int, groups: Groups) -> None:
     """Normal(0, 0.02) weights, unit norms, zero biases: a function of (seed, tensor name), the same in every layout."""
     reader = _RandomTensors(model.shape, seed)
     load_shards(global_parameters(model), reader=reader, shape=model.shape, **_place(groups))
@@ -49,42 +51,50 @@ def _place(groups: Groups) -> dict[str, Any]:
     return {"tp_rank": groups.tp.rank, "tp_size": groups.tp.size, "etp": (groups.etp.rank, groups.etp.size)}
 
 
-def global_parameters(model: ScoringModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the table's names: megatron's, with the layer's index in the whole model instead of in this stage,
+def global_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
+    """Parameters by the table's names: megatron's, with the layer's index in the whole model instead of in this chunk,
     and the expert's in the whole layer instead of on this rank."""
     named: dict[str, torch.nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, local, rest = canonical_name(name).split(".", 3)
-            layer = model.decoder.layers[int(local)]
-            name = f"decoder.layers.{layer.layer_number - 1}.{_global_expert(layer, rest)}"
-        named[name] = parameter
+    for chunk in chunks_of(model):
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = canonical_name(name).split(".", 3)
+                layer = chunk.decoder.layers[int(local)]
+                name = f"decoder.layers.{layer.layer_number - 1}.{_global_expert(layer, rest)}"
+            named[name] = parameter
     return named
 
 
 def _global_expert(layer: Any, name: str) -> str:
-    """mlp.experts.local_experts.{local}.x -> mlp.experts.{in the whole layer}.x; other names as they are."""
-    prefix = "mlp.experts.local_experts."
-    if not name.startswith(prefix):
+    """mlp.experts.local_experts.{local}.x.weight and, where a rank's experts are one module,
+    mlp.experts.x.weight{local} -> mlp.experts.{in the whole layer}.x.weight; other names as they are."""
+    single = re.fullmatch(r"mlp\.experts\.local_experts\.(?P<local>\d+)\.(?P<rest>.+)", name)
+    found = single or re.fullmatch(r"mlp\.experts\.(?P<rest>.+\.weight)(?P<local>\d+)", name)
+    if found is None:
         return name
-    local, rest = name.removeprefix(prefix).split(".", 1)
-    return f"mlp.experts.{layer.mlp.local_expert_indices[int(local)]}.{rest}"
+    return f"mlp.experts.{layer.mlp.local_expert_indices[int(found['local'])]}.{found['rest']}"
 
 
-def gather_hf(model: ScoringModel, groups: Groups) -> Iterator[tuple[str, torch.Tensor]]:
+def gather_hf(model: Model, groups: Groups) -> Iterator[tuple[str, torch.Tensor]]:
     """All Hugging Face tensors of the model, one megatron parameter at a time, whole and on the CPU of rank 0.
 
     Every rank must run the iterator to its end; the others get empty tensors. Peak memory is one parameter.
     """
-    mine = global_parameters(model)
+    return gather(global_parameters(model), entries(model.shape), model.shape, groups)
+
+
+def gather(
+    mine: Mapping[str, torch.Tensor], table: Iterable[Entry], shape: ModelShape, groups: Groups
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same for the weights of any table; `mine` are this rank's, by their names in it."""
     holders = gather_objects(
         _Holder(pp=groups.pp.rank, rank=groups.rank, tp=groups.tp.rank, etp=groups.etp.rank, names=frozenset(mine))
     )
-    for entry in entries(model.shape):
+    for entry in table:
         owners = _owners(holders, entry)
         shard = mine[entry.name].detach().cpu() if groups.rank in owners else None
         shards = _send_to_leader(shard, owners, groups)
-        tensors = merge(entry, shards, model.shape) if groups.leads else dict.fromkeys(entry.tensors, torch.empty(0))
+        tensors = merge(entry, shards, shape) if groups.leads else dict.fromkeys(entry.tensors, torch.empty(0))
         yield from tensors.items()
 
 

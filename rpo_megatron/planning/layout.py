@@ -6,10 +6,12 @@ function that the program itself counts with; test_layout.py compares them with 
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, stage_layers
+from rpo_megatron.model.adapter import adapted_matrices, adapter_entries
+from rpo_megatron.model.shape import ModelShape, chunk_layers, num_parameters, padded_vocab
 from rpo_megatron.planning.models import Model
 
 Recompute = Literal["none", "mlp", "full"]
@@ -21,6 +23,8 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    """Chunks of layers on each rank of the pipeline; as ParallelConfig.virtual."""
     context: int = 1
     data: int = 1
     expert: int = 1
@@ -53,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """Trained numbers of one rank."""
+    """Numbers that one rank holds."""
 
     dense: float
     expert: float
@@ -80,20 +84,21 @@ class Layers:
 
 
 @functools.cache
-def layers_of(model: Model, pipeline: int, stage: int) -> Layers:
-    counts = stage_layers(model.shape, pipeline)
-    first = sum(counts[:stage])
-    experts = sum(model.shape.has_experts(layer) for layer in range(first, first + counts[stage]))
-    return Layers(dense=counts[stage] - experts, expert=experts)
+def layers_of(model: Model, pipeline: int, stage: int, virtual: int = 1) -> Layers:
+    counts = chunk_layers(model.shape, pipeline, virtual)
+    mine = range(stage, len(counts), pipeline)
+    layers = [layer for i in mine for layer in range(sum(counts[:i]), sum(counts[: i + 1]))]
+    experts = sum(map(model.shape.has_experts, layers))
+    return Layers(dense=len(layers) - experts, expert=experts)
 
 
 @functools.cache
 def rank_numbers(model: Model, layout: Layout, stage: int) -> Numbers:
     """Of a rank of pipeline stage `stage` (counted from 0), padding of the vocabulary included; megatron's buffers pad
     each tensor further, by less than 64 numbers."""
-    shape, parts, layers = model.shape, layer_parts(model), layers_of(model, layout.pipeline, stage)
+    shape, parts, layers = model.shape, layer_parts(model), layers_of(model, layout.pipeline, stage, layout.virtual)
     embedding = padded_vocab(shape) * shape.hidden_size / layout.tensor
-    split = layers.total * parts.attention + layers.dense * parts.dense
+    split = layers.total * parts.attention + layers.dense * parts.dense + layers.expert * parts.shared
     dense = split / layout.tensor + layers.total * parts.norms + layers.expert * parts.router
     if stage == 0:
         dense += embedding
@@ -105,9 +110,52 @@ def rank_numbers(model: Model, layout: Layout, stage: int) -> Numbers:
     return Numbers(dense=dense, expert=expert, matrices=split / layout.tensor + expert)
 
 
+@functools.cache
+def trained_numbers(model: Model, layout: Layout, stage: int) -> Numbers:
+    """Those that have gradients and optimizer states. All layers have the same adapters."""
+    if model.adapter is None:
+        return rank_numbers(model, layout, stage)
+    layers, widths = layers_of(model, layout.pipeline, stage, layout.virtual).total, adapter_widths(model)
+    dense = layers * (widths.whole + widths.split / layout.tensor)
+    if model.shape.head == "value" and stage == layout.pipeline - 1:
+        dense += model.shape.hidden_size
+    return Numbers(dense=dense, expert=0.0, matrices=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWidths:
+    """Numbers of a layer's adapters."""
+
+    whole: float = 0.0
+    """Trained, on every tensor rank,"""
+    split: float = 0.0
+    """and split over them."""
+    narrow: float = 0.0
+    """Between A and B, of a token."""
+    spread: float = 0.0
+    """B spread out where megatron joins matrices (LoraLayer.wide); split over the tensor ranks."""
+
+
+@functools.cache
+def adapter_widths(model: Model) -> AdapterWidths:
+    shape, adapter = model.shape, model.adapter
+    if adapter is None:
+        return AdapterWidths()
+    shape = replace(shape, num_layers=1)
+    sizes = {"whole": 0.0, "split": 0.0}
+    for entry in adapter_entries(shape, adapter):
+        kind = "whole" if entry.split == "replicated" else "split"
+        sizes[kind] += sum(math.prod(size) for size in entry.tensors.values())
+    stacked = {matrix: len(matrix.tensors) * adapter.rank for matrix in adapted_matrices(shape, adapter)}
+    joined = [matrix for matrix in stacked if len(matrix.base.parts) > 1]
+    rows = {matrix: sum(part.shape[0] for part in matrix.base.parts) for matrix in joined}
+    spread = sum(stacked[matrix] * rows[matrix] for matrix in joined)
+    return AdapterWidths(**sizes, narrow=sum(stacked.values()), spread=spread)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Trained numbers of a layer."""
+    """Numbers of a layer."""
 
     attention: int
     """Matrices and biases, split over the tensor ranks."""
@@ -115,7 +163,10 @@ class Parts:
     """Feed-forward of a layer without experts, split likewise."""
     experts: int
     """Of all experts of a layer, split over tensor and expert ranks."""
+    shared: int
+    """Of the expert that computes every token, split over the tensor ranks."""
     router: int
+    """And the shared expert's gate: whole on every rank."""
     norms: int
     norms_of_model: int
     """After the last layer; not of a layer."""
@@ -128,12 +179,14 @@ def layer_parts(model: Model) -> Parts:
     norms = _layer(replace(shape, ffn_size=0, num_heads=0, num_kv_heads=0))
     attention = _layer(replace(shape, ffn_size=0))
     nothing = replace(shape, num_layers=0, vocab_size=0, head="lm")
-    inside = replace(shape, ffn_size=experts.count * experts.ffn_size) if experts else replace(shape, ffn_size=0)
+    every = experts.count * experts.ffn_size if experts else 0
+    shared = experts.shared_ffn_size if experts else 0
     return Parts(
         attention=attention - norms,
         dense=_layer(shape) - attention,
-        experts=_layer(inside) - attention,
-        router=experts.count * shape.hidden_size if experts else 0,
+        experts=_layer(replace(shape, ffn_size=every)) - attention,
+        shared=_layer(replace(shape, ffn_size=shared)) - attention,
+        router=(experts.count + experts.shared_gate) * shape.hidden_size if experts else 0,
         norms=norms,
         norms_of_model=num_parameters(nothing),
     )

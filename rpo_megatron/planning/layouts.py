@@ -11,6 +11,8 @@ from rpo_megatron.planning.layout import Layout, Recompute
 from rpo_megatron.planning.memory import Kernels, Row, Setting, Terms, worst_stage
 from rpo_megatron.planning.time import Share, StepTime, Timing, step_time
 
+VIRTUAL = (1, 2, 4, 8)
+"""Chunks on each rank of a pipeline that are tried, where they have equally many layers."""
 BUDGETS = (2048, 4096, 8192, 16384, 32768, 65536)
 """Tokens in a row that are tried."""
 
@@ -47,6 +49,7 @@ class Estimate:
             kernels=self.question.kernels,
             row=largest_row(share, self.layout, longest=timing.work.longest),
             microbatches=share.microbatches,
+            offloaded_moments=timing.offloaded_moments,
         )
         return worst_stage(setting, self.layout)
 
@@ -99,7 +102,7 @@ def largest_row(share: Share, layout: Layout, *, longest: int) -> Row:
 
 
 def candidates(question: Question) -> Iterator[Layout]:
-    """Tensor ranks inside a node, pipelines of at most a layer per stage, data as the rest."""
+    """Tensor ranks inside a node, pipelines of at most a layer per stage (or chunk of one), data as the rest."""
     for split in _splits(question):
         sequences = (False, True) if split.tensor > 1 else (False,)
         if question.timing.model.shape.experts:
@@ -107,7 +110,19 @@ def candidates(question: Question) -> Iterator[Layout]:
         for sequence in sequences:
             for recompute in question.recompute:
                 for budget in _budgets(question):
-                    yield replace(split, sequence=sequence, recompute=recompute, tokens_per_microbatch=budget)
+                    for virtual in _virtual(question, split):
+                        yield replace(
+                            split,
+                            virtual=virtual,
+                            sequence=sequence,
+                            recompute=recompute,
+                            tokens_per_microbatch=budget,
+                        )
+
+
+def _virtual(question: Question, split: Layout) -> list[int]:
+    layers = question.timing.model.shape.num_layers
+    return [n for n in VIRTUAL if n == 1 or (split.pipeline > 1 and layers % (n * split.pipeline) == 0)]
 
 
 def _budgets(question: Question) -> tuple[int, ...]:

@@ -3,9 +3,9 @@
 1. What is always there: weights, fp32 gradients, fp32 master weights and Adam's moments (split over the data-parallel
    ranks), a resident reference.
 2. What a micro-batch keeps for its backward, times the micro-batches in flight: in 1F1B stage i of p holds those of
-   p - i of them (Narayanan et al., arXiv 2104.04473, section 2.2).
-3. What exists for a moment: tiles of the output layer, the gradient of the largest weight on its way into the fp32
-   buffer, the tensors of one layer's backward. Logits of a whole row never exist.
+   p - i of them (Narayanan et al., arXiv 2104.04473, section 2.2), interleaved more (model/interleaving.py).
+3. What exists for a moment: tiles of the output layer, the gradient of a layer's largest weight on its way into the
+   fp32 buffer, the tensors of one layer's backward. Logits of a whole row never exist.
 4. What is not ours: CUDA, NCCL, and what the allocator loses. Assumptions, in OVERHEAD.
 
 2 is counted tensor by tensor as our layers keep them (tests/planning/test_activations.py holds it against what torch
@@ -16,18 +16,23 @@ instead. t: tensor ranks, T: tokens of a row on one context rank, w: bytes of a 
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rpo_megatron.model.interleaving import passes_in_flight
 from rpo_megatron.model.shape import padded_vocab
 from rpo_megatron.planning.hardware import GIB
-from rpo_megatron.planning.layout import Layout, Numbers, layers_of, rank_numbers
-from rpo_megatron.planning.models import Model, count_parameters
+from rpo_megatron.planning.layout import Layout, Numbers, adapter_widths, layers_of, rank_numbers, trained_numbers
+from rpo_megatron.planning.models import Model, count_trained
 
 Precision = Literal["fp32", "bf16"]
-Reference = Literal["none", "stored", "resident", "resident_fp8", "offloaded"]
-COMPUTED: tuple[Reference, ...] = ("resident", "resident_fp8", "offloaded")
-"""Those that run in every step."""
+Reference = Literal["none", "stored", "resident", "resident_fp8", "offloaded", "base"]
+COMPUTED: tuple[Reference, ...] = ("resident", "resident_fp8", "offloaded", "base")
+"""Those that run in every step. `base` is a policy without its adapter."""
 WIDTH: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 TILE_BYTES = 128 * 2**20
 """Of the output layer's fp32 logits; that of model/vocab.py on a GPU."""
+PIECE_BYTES = 64 * 2**20
+"""Of a share of its weight's gradient; that of model/products.py on a GPU."""
+KEPT_LOGITS = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Bytes of them that are kept for backward where kernels.keep_logits_mib does not say; those of model/logprobs.py."""
 CONTEXT_BYTES = 1.25 * GIB
 """CUDA's context, cuBLAS's workspace, kernels. An assumption."""
 COMMUNICATOR_BYTES = 0.25 * GIB
@@ -46,10 +51,13 @@ class Kernels:
     """The norm keeps its input and one number per row; unfused (a CPU), its fp32 input and fp32 result."""
     fp8: bool = False
     """Matrices keep their inputs in FP8, and FP8 copies of their weights, as they are and transposed."""
+    kept_logits: float = 0.0
+    """Bytes for tiles of logits that backward need not make again. Only one micro-batch has any: its backward is what
+    follows its forward on the last stage."""
 
 
-CPU = Kernels(joined_keys=False, fused_norm=False)
-GPU = Kernels(joined_keys=True, fused_norm=True)
+CPU = Kernels(joined_keys=False, fused_norm=False, kept_logits=KEPT_LOGITS["cpu"])
+GPU = Kernels(joined_keys=True, fused_norm=True, kept_logits=KEPT_LOGITS["cuda"])
 """What our layers run today; see model/attention.py, model/layers.py and model/build.py."""
 
 
@@ -74,6 +82,8 @@ class Setting:
     row: Row
     microbatches: int
     """Of a data-parallel rank in a step."""
+    offloaded_moments: bool = False
+    """Adam's moments are in host memory (optimizer.offload)."""
 
 
 Terms = dict[str, float]
@@ -83,17 +93,19 @@ def stage_memory(setting: Setting, layout: Layout, stage: int) -> Terms:
     """Bytes by name, in the order in which they are allocated; their sum is the peak."""
     numbers, width = rank_numbers(setting.model, layout, stage), WIDTH[setting.precision]
     kept = Kept.of(setting, layout)
-    in_flight = min(setting.microbatches, layout.pipeline - stage)
-    layers = layers_of(setting.model, layout.pipeline, stage)
+    in_flight = _in_flight(setting, layout, stage)
+    layers = layers_of(setting.model, layout.pipeline, stage, layout.virtual)
     again = {"none": kept, "mlp": kept.without_feed_forward(), "full": kept.input_alone()}[layout.recompute]
     attention = layers.total * in_flight * again.attention
     other = in_flight * (layers.total * again.rest + layers.dense * again.dense + layers.expert * again.experts)
     ends = in_flight * _ends(setting, layout, stage)
     head = _head(setting, layout) if stage == layout.pipeline - 1 else 0.0
-    moment = _moment(setting, layout, stage, kept)
+    moment = _moment(setting, layout, kept)
+    trained = trained_numbers(setting.model, layout, stage)
+    beside = 0.0 if trained is numbers else trained.total * width
     terms = {
-        "weights": numbers.total * width + 2 * numbers.matrices * setting.kernels.fp8,
-        "gradients": numbers.total * 4,
+        "weights": numbers.total * width + 2 * numbers.matrices * setting.kernels.fp8 + beside,
+        "gradients": trained.total * 4,
         "optimizer": optimizer_bytes(setting, layout, stage),
         "reference": _resident_reference(setting, numbers),
         "attention": attention,
@@ -101,13 +113,19 @@ def stage_memory(setting: Setting, layout: Layout, stage: int) -> Terms:
         "head": head,
         "working": moment,
     }
-    # These two have the step's room to themselves: before the first forward, and after the last backward.
+    # It has the step's room to itself, before the first forward. The optimizer's update needs none.
     room = attention + other + ends + head + moment
     terms["reference"] += max(0.0, _offloaded_reference(setting, layout, stage) - room)
-    terms["working"] += max(0.0, _update(numbers, layout) - room)
     axes = sum(size > 1 for size in (layout.tensor, layout.context, layout.data, layout.pipeline, layout.expert))
     terms["overhead"] = CONTEXT_BYTES + axes * COMMUNICATOR_BYTES + ALLOCATOR_SHARE * (attention + other + ends)
     return terms
+
+
+def _in_flight(setting: Setting, layout: Layout, stage: int) -> float:
+    """Micro-batches whose whole way through a rank would keep as much as is kept; of several chunks, the mean."""
+    pipeline, virtual = layout.pipeline, layout.virtual
+    passes = passes_in_flight(stage, pipeline=pipeline, virtual=virtual, num_rows=setting.microbatches)
+    return passes / virtual
 
 
 def worst_stage(setting: Setting, layout: Layout) -> tuple[int, Terms]:
@@ -120,8 +138,8 @@ def worst_stage(setting: Setting, layout: Layout) -> tuple[int, Terms]:
 
 def optimizer_bytes(setting: Setting, layout: Layout, stage: int) -> float:
     """Master weights (where the weights are not fp32 themselves) and two moments, in fp32, split over the shards."""
-    numbers = rank_numbers(setting.model, layout, stage)
-    each = 8 if setting.precision == "fp32" else 12
+    numbers = trained_numbers(setting.model, layout, stage)
+    each = (0 if setting.precision == "fp32" else 4) + 8 * (not setting.offloaded_moments)
     return each * (numbers.dense / layout.shards + numbers.expert / layout.expert_shards)
 
 
@@ -132,14 +150,15 @@ class Checkpoint:
     disk: float
     """All of it: weights in their precision, master weights and moments."""
     host: float
-    """Of host memory on the fullest rank while it is written. Megatron's fully_reshardable format gathers the states of
-    the optimizer on every data-parallel rank, in host memory (get_parameter_state_dp_zero in distrib_optimizer.py)."""
+    """Of host memory on the fullest rank while it is resumed from: in megatron's fully_reshardable format every
+    data-parallel rank reads all of its model part's optimizer (get_parameter_state_dp_zero in distrib_optimizer.py). To
+    write it, the first data-parallel rank alone needs as much."""
 
 
 def checkpoint_bytes(model: Model, layout: Layout, precision: Precision) -> Checkpoint:
     stages = {0, layout.pipeline - 1, min(1, layout.pipeline - 1)}
-    most = max(rank_numbers(model, layout, stage).total for stage in stages)
-    return Checkpoint(disk=count_parameters(model) * (WIDTH[precision] + 12), host=12 * most)
+    most = max(trained_numbers(model, layout, stage).total for stage in stages)
+    return Checkpoint(disk=count_trained(model) * (WIDTH[precision] + 12), host=12 * most)
 
 
 # ------------------------------------------------------------------------------------------------ for the backward
@@ -184,7 +203,7 @@ class Kept:
         rotary = tokens * 4 * w * (shape.rotary_dim or shape.head_dim)  # cosines and sines, for query and for key
         norms = (4 if shape.post_norms else 2) * whole * _norm(setting, shape.hidden_size)
         norms += tokens / t * _head_norms(setting)
-        inputs = 2 * whole * (1 if kernels.fp8 else w) * shape.hidden_size
+        inputs = 2 * whole * _input_width(setting) * shape.hidden_size + _adapters(setting, layout)
         return cls(
             attention=attention + rotary,
             rest=norms + inputs,
@@ -194,12 +213,29 @@ class Kept:
         )
 
 
+def _input_width(setting: Setting) -> int:
+    """Bytes of a number of what goes into a matrix. Without its own gradient the matrix keeps nothing, but its adapter
+    does, and multiplies in the model's precision."""
+    return 1 if setting.kernels.fp8 and setting.model.adapter is None else WIDTH[setting.precision]
+
+
+def _adapters(setting: Setting, layout: Layout) -> float:
+    """Of a layer: what is between A and B for each token, and B spread out where megatron joins matrices (LoraLayer's
+    `wide`). Matrices without an adapter keep nothing of their own; they are counted as if they had one."""
+    widths = adapter_widths(setting.model)
+    numbers = setting.row.tokens / layout.context * widths.narrow + widths.spread / layout.tensor
+    return WIDTH[setting.precision] * numbers
+
+
 def _norm(setting: Setting, size: int) -> float:
     """Of a row of `size` numbers."""
     width = WIDTH[setting.precision]
     if setting.model.shape.norm == "layer1p":
         return width * size + 8.0
-    return width * size + 4.0 if setting.kernels.fused_norm else 8.0 * size + 4.0
+    if setting.kernels.fused_norm:
+        return width * size + 4.0
+    # The result is kept for the gradient of the norm's weight, which a frozen one has not.
+    return (8.0 if setting.model.adapter is None else 4.0) * size + 4.0
 
 
 def _head_norms(setting: Setting) -> float:
@@ -221,8 +257,7 @@ def _columns(setting: Setting) -> float:
     """Bytes per token and feed-forward column: gate and up, and the input of the last matrix; where it is not silu that
     gates (model/swiglu.py) also the activation of the gate, and up once more. Without a gate: its input and its
     result."""
-    w = WIDTH[setting.precision]
-    last = 1 if setting.kernels.fp8 else w
+    w, last = WIDTH[setting.precision], _input_width(setting)
     if not setting.model.shape.gated:
         return w + last
     return (2 if setting.model.shape.activation == "silu" else 4) * w + last
@@ -238,7 +273,10 @@ def _experts(setting: Setting, layout: Layout, tokens: float) -> float:
     inside = (_columns(setting) + w) * experts.ffn_size / layout.tensor
     # Split over the tensor ranks, an expert sees the tokens of all of them; whole, those of one.
     pair = (w * shape.hidden_size + 20) / (1 if layout.expert == 1 else layout.tensor) + inside
-    return tokens * (experts.per_token * pair + 12 * experts.count / layout.tensor)
+    chosen = tokens * (experts.per_token * pair + 12 * experts.count / layout.tensor)
+    shared = tokens / layout.tensor * _columns(setting) * experts.shared_ffn_size
+    gate = tokens / layout.tensor * w * (shape.hidden_size + 1) * experts.shared_gate  # its input, and it: a product
+    return chosen + shared + gate
 
 
 def _ends(setting: Setting, layout: Layout, stage: int) -> float:
@@ -259,24 +297,26 @@ def _ends(setting: Setting, layout: Layout, stage: int) -> float:
 
 def _head(setting: Setting, layout: Layout) -> float:
     """Tiles of the output layer: fp32 logits, as much again in temporaries, and a tile's share of the weight's
-    gradient; and the gradient of the hidden states."""
+    gradient; those that are kept; and the gradient of the hidden states."""
     shape, w = setting.model.shape, WIDTH[setting.precision]
     if shape.head != "lm":
         return 0.0
     words = min(padded_vocab(shape) / layout.tensor, TILE_BYTES / 4 / 1024)
-    return 2 * TILE_BYTES + w * words * shape.hidden_size + setting.row.scored * w * shape.hidden_size
+    logits = setting.row.scored / layout.context * w * padded_vocab(shape) / layout.tensor
+    tile = 2 * TILE_BYTES + min(w * words * shape.hidden_size, PIECE_BYTES)
+    return tile + min(setting.kernels.kept_logits, logits) + setting.row.scored * w * shape.hidden_size
 
 
-def _moment(setting: Setting, layout: Layout, stage: int, kept: Kept) -> float:
-    """The gradient of the largest weight before it is added to the buffer, and what one layer's backward holds: the
-    tensors of its inside (for a layer that is computed again, also all that it keeps)."""
+def _moment(setting: Setting, layout: Layout, kept: Kept) -> float:
+    """The gradient of a layer's largest weight before it is added to the buffer (those of embedding and output layer
+    are added part by part), and what one layer's backward holds: the tensors of its inside (for a layer that is
+    computed again, also all that it keeps)."""
     shape, w, t = setting.model.shape, WIDTH[setting.precision], layout.tensor
-    ends = stage in (0, layout.pipeline - 1)
-    vocabulary = padded_vocab(shape) * shape.hidden_size / t if ends else 0.0
-    columns = shape.experts.ffn_size if shape.experts else shape.ffn_size
+    columns = max(shape.experts.ffn_size, shape.experts.shared_ffn_size) if shape.experts else shape.ffn_size
     matrix = (2 if shape.gated else 1) * columns * shape.hidden_size / t
     again = {"none": 0.0, "mlp": max(kept.dense, kept.experts), "full": kept.largest}[layout.recompute]
-    return w * max(vocabulary, matrix) + _inside(setting, layout) + again
+    gradient = w * matrix if setting.model.adapter is None else 0.0
+    return gradient + _inside(setting, layout) + again
 
 
 def _inside(setting: Setting, layout: Layout) -> float:
@@ -304,8 +344,3 @@ def _offloaded_reference(setting: Setting, layout: Layout, stage: int) -> float:
         return 0.0
     numbers = rank_numbers(setting.model, layout, stage)
     return numbers.total * WIDTH[setting.precision] + _inside(setting, layout)
-
-
-def _update(numbers: Numbers, layout: Layout) -> float:
-    """Adam in plain torch: the root of the second moments. Fused kernels (Transformer Engine, apex) need nothing."""
-    return 4 * (numbers.dense / layout.shards + numbers.expert / layout.expert_shards)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo_megatron.errors import UserError, nearest
+from rpo_megatron.model.adapter import Adapter, num_adapter_parameters
 from rpo_megatron.model.shape import ModelShape, num_parameters, read_shape
 
 
@@ -16,6 +17,8 @@ from rpo_megatron.model.shape import ModelShape, num_parameters, read_shape
 class Model:
     name: str
     shape: ModelShape
+    adapter: Adapter | None = None
+    """What is trained in place of the weights."""
 
 
 _LLAMA: dict[str, Any] = {
@@ -104,8 +107,16 @@ def find_model(name: str) -> Model:
 
 
 def count_parameters(model: Model) -> int:
-    """Trained numbers without vocabulary padding."""
+    """Numbers of the weights, without vocabulary padding."""
     return num_parameters(model.shape)
+
+
+def count_trained(model: Model) -> int:
+    """All of them, or those of an adapter and of the value head beside it."""
+    shape = model.shape
+    if model.adapter is None:
+        return num_parameters(shape)
+    return num_adapter_parameters(shape, model.adapter) + (shape.hidden_size if shape.head == "value" else 0)
 
 
 def count_active(model: Model) -> int:

@@ -9,6 +9,7 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.config_verbs import PlanConfig
 from rpo_megatron.data.manifest import Manifest, read_record
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.adapter import Adapter, possible_targets
 from rpo_megatron.planning.hardware import GPUS, Cluster
 from rpo_megatron.planning.layout import Layout, Recompute
 from rpo_megatron.planning.layouts import BUDGETS, Question
@@ -32,6 +33,10 @@ class Asked:
 
 def ask(config: PlanConfig) -> Asked:
     """Raises UserError for what is missing, contradicts itself or cannot be read."""
+    if config.reference == "base" and config.run is None and not config.lora_rank:
+        raise UserError("reference=base is a policy without its adapter: give lora_rank as well")
+    if config.lora_rank is not None and config.lora_rank < 0:
+        raise UserError(f"lora_rank must not be negative, found {config.lora_rank}")
     for key in ("gpus", "gpus_per_node", "prompt", "response", "responses", "top"):
         if getattr(config, key) < 1:
             raise UserError(f"{key} must be at least 1, found {getattr(config, key)}")
@@ -44,11 +49,12 @@ def ask(config: PlanConfig) -> Asked:
         work=_workload(config, run),
         cluster=Cluster(gpu=gpu, gpus=config.gpus, per_node=config.gpus_per_node),
         precision=config.precision or (run.config.precision if run else "bf16"),
-        reference=config.reference or (_reference(run) if run else "resident"),
+        reference=config.reference or _reference(config, run),
         groups_per_step=config.groups_per_step or (run.config.train.groups_per_step if run else 64),
         efficiency=config.efficiency or gpu.efficiency,
         overlap=run is None or run.config.parallel.overlap is not False,
         fp8=_fp8(config, run),
+        offloaded_moments=run is not None and run.config.optimizer.offload,
     )
     recompute = RECOMPUTE if config.recompute is None else (config.recompute,)
     question = Question(
@@ -67,11 +73,21 @@ def _model(config: PlanConfig, run: Plan | None) -> Model:
     if config.model is None:
         if run is None:
             raise UserError("give a run (rpo plan run.yaml ...) or a model: model=DIR, or a name, e.g. llama-3.1-8b")
-        return Model(name=run.config.model.path, shape=run.shape)
-    model = find_model(config.model)
-    if run is not None and "value" in run.reads:
-        return replace(model, shape=replace(model.shape, head="value"))
-    return model
+        model = Model(name=run.config.model.path, shape=run.shape)
+    else:
+        model = find_model(config.model)
+        if run is not None and "value" in run.reads:
+            model = replace(model, shape=replace(model.shape, head="value"))
+    return replace(model, adapter=_adapter(config, run, model))
+
+
+def _adapter(config: PlanConfig, run: Plan | None, model: Model) -> Adapter | None:
+    """The run's, of another model's matrices that have the same names; or one on all matrices."""
+    if config.lora_rank is None:
+        return None if run is None else run.adapter
+    if config.lora_rank == 0:
+        return None
+    return Adapter(rank=config.lora_rank, alpha=config.lora_rank, targets=possible_targets(model.shape))
 
 
 def _workload(config: PlanConfig, run: Plan | None) -> Workload:
@@ -98,7 +114,12 @@ def _manifest(prefix: str) -> Manifest:
     return read_record(Manifest, path)
 
 
-def _reference(run: Plan) -> Reference:
+def _reference(config: PlanConfig, run: Plan | None) -> Reference:
+    if run is None:
+        return "base" if config.lora_rank else "resident"
+    adapted = run.adapter is not None if config.lora_rank is None else config.lora_rank > 0
+    if adapted and run.reference == "resident" and run.config.reference.path is None:
+        return "base"
     if run.reference != "resident":
         return run.reference
     if run.config.reference.offload:
@@ -110,7 +131,15 @@ def _kernels(timing: Timing, run: Plan | None) -> Kernels:
     """Those that a run names, or that it gets."""
     attention = "auto" if run is None else run.config.kernels.attention
     joined = GPU.joined_keys if attention == "auto" else attention == "sdpa"
-    return replace(GPU, fp8=timing.fp8, joined_keys=joined)
+    kept = GPU.kept_logits if run is None else _kept_logits(run)
+    return replace(GPU, fp8=timing.fp8, joined_keys=joined, kept_logits=kept)
+
+
+def _kept_logits(run: Plan) -> float:
+    kernels = run.config.kernels
+    if kernels.logprobs == "triton":
+        return 0.0
+    return GPU.kept_logits if kernels.keep_logits_mib is None else kernels.keep_logits_mib * 2**20
 
 
 def _fp8(config: PlanConfig, run: Plan | None) -> bool:
@@ -144,6 +173,7 @@ def _own_layout(config: PlanConfig, run: Plan) -> Layout:
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual=parallel.virtual,
         context=parallel.context,
         data=config.gpus // ranks,
         expert=parallel.expert,

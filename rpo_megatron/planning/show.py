@@ -12,7 +12,7 @@ from rpo_megatron.planning.hardware import GIB, LINK_EFFICIENCY, TENSOR_EFFICIEN
 from rpo_megatron.planning.layout import Layout
 from rpo_megatron.planning.layouts import Estimate, Question, search
 from rpo_megatron.planning.memory import checkpoint_bytes
-from rpo_megatron.planning.models import count_active, count_parameters
+from rpo_megatron.planning.models import count_active, count_parameters, count_trained
 from rpo_megatron.planning.question import A_ROW_PER_GROUP, ask
 from rpo_megatron.planning.time import FP8_GAIN
 
@@ -81,6 +81,9 @@ def _premises(question: Question, name: str) -> Iterator[str]:
     yield f"data     {work.source}"
     saved = f"; {work.repeated_tokens:,.0f} without shared prompts" * (work.repeated_tokens > work.tokens)
     yield f"group    {work.tokens:,.0f} tokens, {work.scored:,.0f} of them scored{saved}"
+    if timing.model.adapter is not None:
+        trained = f"{count_trained(timing.model) / 1e6:,.1f} million parameters are trained, the others frozen"
+        yield f"adapter  rank {timing.model.adapter.rank}: {trained}"
     yield f"step     {timing.groups_per_step} groups; reference: {timing.reference}"
 
 
@@ -89,6 +92,7 @@ def _own(question: Question, own: Layout) -> Iterator[str]:
         question.timing.model.shape,
         tensor=own.tensor,
         pipeline=own.pipeline,
+        virtual=own.virtual,
         context=own.context,
         sequence=own.sequence,
     )
@@ -105,11 +109,12 @@ def table(estimates: list[Estimate]) -> Iterator[str]:
         layout, step = one.layout, one.time
         expert = f" expert {layout.expert}" * (layout.expert > 1)
         context = f" context {layout.context}" * (layout.context > 1)
+        virtual = f" virtual {layout.virtual}" * (layout.virtual > 1)
         yield (
             f"  {layout.tensor:6} {layout.pipeline:8} {layout.data:4}  {_mark(layout.sequence):>8} "
             f"{layout.recompute:>9}  {one.share.row.tokens:10,.0f} {one.share.microbatches:5}  "
             f"{one.bytes / GIB:9.1f} {step.seconds:7.2f} {one.tokens_per_second:10,.0f} "
-            f"{one.question.timing.groups_per_step / step.seconds:9.1f}  {one.mfu:4.0%}{expert}{context}"
+            f"{one.question.timing.groups_per_step / step.seconds:9.1f}  {one.mfu:4.0%}{virtual}{expert}{context}"
         )
 
 
@@ -128,7 +133,7 @@ def _details(estimate: Estimate) -> Iterator[str]:
     saved = checkpoint_bytes(timing.model, estimate.layout, timing.precision)
     ranks = min(timing.cluster.gpus, timing.cluster.per_node)
     yield (
-        f"  a checkpoint is {saved.disk / 1e9:,.0f} GB; while it is written, a rank needs {saved.host / GIB:.1f} GiB "
+        f"  a checkpoint is {saved.disk / 1e9:,.0f} GB; to resume from it, a rank needs {saved.host / GIB:.1f} GiB "
         f"of host memory, a node {ranks * saved.host / GIB:,.0f}"
     )
     yield "\nstep of the first, seconds"
@@ -144,6 +149,7 @@ def _details(estimate: Estimate) -> Iterator[str]:
 def overrides(layout: Layout) -> str:
     """What makes a run use the layout."""
     words = [f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
+    words += [f"parallel.virtual={layout.virtual}"] * (layout.virtual > 1)
     words += [f"parallel.expert={layout.expert}"] * (layout.expert > 1)
     words += ["parallel.sequence=true"] * layout.sequence
     words += [f"recompute={layout.recompute}"] * (layout.recompute != "none")

@@ -6,15 +6,16 @@ unit of `pairs` (workload.py), which is 4 per query-key pair; and 2 x vocabulary
 FLOPs are 3 forward passes for the policy and 1 for a reference that is computed; MFU counts only these. *Executed*
 FLOPs add what is computed twice: logits (always), attention's scores (0.5 of a forward pass), recomputed layers.
 
-A stage's micro-batch takes c_i seconds; m micro-batches through p stages take sum c_i + (m - 1) max c_i, which for
-equal stages is m c / (1 - bubble) with bubble = (p - 1) / (m + p - 1) (arXiv 2104.04473, section 2.2).
+A stage's micro-batch takes c_i seconds; m micro-batches through p stages with v chunks on each take m max c_i and, to
+fill and drain, (sum c_i - max c_i) / v: for equal stages m c / (1 - bubble) with bubble = (p - 1) / (v m + p - 1)
+(arXiv 2104.04473, section 2.2). Transfers between stages count in full, although interleaving hides some of them.
 """
 
 import math
 from dataclasses import dataclass, field
 
 from rpo_megatron.planning.hardware import TENSOR_EFFICIENCY, Cluster
-from rpo_megatron.planning.layout import Layout, layer_parts, layers_of, rank_numbers
+from rpo_megatron.planning.layout import Layout, layer_parts, layers_of, rank_numbers, trained_numbers
 from rpo_megatron.planning.memory import COMPUTED, WIDTH, Precision, Reference, Row
 from rpo_megatron.planning.models import Model
 from rpo_megatron.planning.volume import Volume, volumes
@@ -56,6 +57,8 @@ class Share:
         groups = math.ceil(groups_per_step / layout.data)
         tokens = groups * work.tokens
         rows = min(groups, max(1, math.ceil(tokens / layout.tokens_per_microbatch)))
+        if layout.virtual > 1:  # as packing.pack
+            rows = max(rows, layout.pipeline)
         each = groups / rows
         repeated = each * work.repeated_tokens if work.repeated_tokens > work.tokens else 0.0
         row = Row(tokens=each * work.tokens, scored=each * work.scored, repeated=repeated)
@@ -100,12 +103,14 @@ def attention_matrices(model: Model) -> int:
 def active_matrices(model: Model) -> int:
     """The same of experts: the ones that compute the token, and the router."""
     experts, parts = model.shape.experts, layer_parts(model)
-    return parts.experts // experts.count * experts.per_token + parts.router if experts else 0
+    return parts.experts // experts.count * experts.per_token + parts.shared + parts.router if experts else 0
 
 
-def model_flops(flops: Flops, *, reference: Reference) -> float:
-    """Three passes for the policy, one for a reference that is computed in the step."""
-    return flops.total * (3 + (reference in COMPUTED))
+def model_flops(flops: Flops, *, reference: Reference, adapter: bool = False) -> float:
+    """Three passes for the policy, one for a reference that is computed in the step. With an adapter the policy's
+    matrices have no gradients, which are one of the three; the adapter itself is not counted."""
+    policy = flops.total * 3 - (flops.layers + flops.head if adapter else 0.0)
+    return policy + flops.total * (reference in COMPUTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,8 @@ class Timing:
     """Data-parallel communication runs behind computation (parallel.overlap)."""
     fp8: bool = False
     """The layers' matrices multiply in FP8."""
+    offloaded_moments: bool = False
+    """Adam's moments are in host memory (optimizer.offload)."""
 
 
 def step_time(timing: Timing, layout: Layout) -> StepTime:
@@ -143,21 +150,24 @@ def step_time(timing: Timing, layout: Layout) -> StepTime:
         "reference": reference + _offload(timing, layout),
         "tensor": m * inner,
         "bubble": _pipeline(whole, inner, layout, m) - m * (slowest + inner),
-        "pipeline": (m + layout.pipeline - 1) * passes * volume.neighbour / neighbours,
+        "pipeline": (m + (layout.pipeline - 1) / layout.virtual) * passes * volume.neighbour / neighbours,
         "data": _data(timing, layout, volume, forward[0], whole[0] - forward[0]),
         "optimizer": _optimizer(timing, layout),
     }
     work, groups = timing.work, timing.groups_per_step
     flops = forward_flops(timing.model, tokens=work.tokens, pairs=work.pairs, scored=work.scored)
-    total = groups * model_flops(flops, reference=timing.reference)
+    adapter = timing.model.adapter is not None
+    total = groups * model_flops(flops, reference=timing.reference, adapter=adapter)
     return StepTime(phases=phases, model_flops=total, volume=volume.of_step(m, passes), share=share)
 
 
 def _pipeline(seconds: dict[int, float], inner: float, layout: Layout, m: int) -> float:
-    """Of m micro-batches: sum c_i + (m - 1) max c_i. `seconds` has the first stage, one between, and the last."""
-    stages, ends = sorted(seconds), {0, layout.pipeline - 1}
+    """Of m micro-batches: m max c_i, and the others to fill the pipeline. `seconds` has the first stage, one between,
+    and the last."""
+    stages, ends, slowest = sorted(seconds), {0, layout.pipeline - 1}, max(seconds.values())
     between = (layout.pipeline - len(ends)) * seconds[stages[len(stages) // 2]]
-    return sum(seconds[i] for i in ends) + between + (m - 1) * max(seconds.values()) + (layout.pipeline + m - 1) * inner
+    fill = sum(seconds[i] for i in ends) + between - slowest + (layout.pipeline - 1) * inner
+    return m * (slowest + inner) + fill / layout.virtual
 
 
 def _forward(timing: Timing, layout: Layout, share: Share, stage: int) -> float:
@@ -169,16 +179,16 @@ def _forward_backward(timing: Timing, layout: Layout, share: Share, stage: int) 
     again = 1.0 if layout.recompute == "full" else 0.0
     # Weights are read for the result, its gradient and again where recomputed; their own gradients are written in
     # their precision, read, and added to the fp32 buffer: 2 w + 8 bytes for each number of w.
-    width = WIDTH[timing.precision]
-    traffic = 2 + again + (2 * width + 8) / width
+    width, frozen = WIDTH[timing.precision], timing.model.adapter is not None
+    traffic = 2 + again + (0.0 if frozen else (2 * width + 8) / width)
     return _seconds(
         timing,
         layout,
         share,
         stage,
-        layers=3 + (_feed_forward_share(timing.model) if layout.recompute == "mlp" else again),
+        layers=3 - frozen + (_feed_forward_share(timing.model) if layout.recompute == "mlp" else again),
         attention=1 + ATTENTION_BACKWARD + again,
-        head=4.0,
+        head=4.0 - frozen,
         traffic=traffic,
     )
 
@@ -197,7 +207,7 @@ def _seconds(
     """FLOPs of a row by the passes of each kind, and the weights' way through memory."""
     row, model, gpu = share.row, timing.model, timing.cluster.gpu
     flops = forward_flops(model, tokens=row.tokens, pairs=share.pairs, scored=row.scored)
-    part = layers_of(model, layout.pipeline, stage).total / model.shape.num_layers
+    part = layers_of(model, layout.pipeline, stage, layout.virtual).total / model.shape.num_layers
     peak = gpu.fp32_flops if timing.precision == "fp32" else gpu.bf16_flops
     faster = FP8_GAIN if timing.fp8 else 1.0
     executed = part * (layers * flops.layers / faster + attention * flops.attention)
@@ -237,10 +247,12 @@ def _data(timing: Timing, layout: Layout, volume: Volume, forward: float, backwa
 
 
 def _optimizer(timing: Timing, layout: Layout) -> float:
-    """Adam reads gradient, master weight and moments and writes the last three and the weight: memory's speed."""
-    numbers = rank_numbers(timing.model, layout, 0)
+    """Adam reads gradient, master weight and moments and writes the last three and the weight: memory's speed. Moments
+    in host memory come and go first, one way after the other."""
+    numbers = trained_numbers(timing.model, layout, 0)
     shard = numbers.dense / layout.shards + numbers.expert / layout.expert_shards
-    return shard * (4 + 12 + 12 + WIDTH[timing.precision]) / timing.cluster.gpu.hbm_bandwidth
+    copies = shard * (8 + 8) / timing.cluster.gpu.pcie_bandwidth if timing.offloaded_moments else 0.0
+    return shard * (4 + 12 + 12 + WIDTH[timing.precision]) / timing.cluster.gpu.hbm_bandwidth + copies
 
 
 def _offload(timing: Timing, layout: Layout) -> float:

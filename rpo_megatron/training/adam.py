@@ -6,9 +6,17 @@ interchangeable.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+Tensors: TypeAlias = list[torch.Tensor]
+LANES = 64
+"""torch's fused update rounds differently where numbers do not fill a vector of the CPU. Filled up, an update does not
+depend on how parameters are cut into shards and buckets."""
 
 
 class FusedLayoutAdam(torch.optim.Optimizer):
@@ -43,29 +51,48 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = group.get("step", 0) + 1
-                self._update(group, [p for p in group["params"] if p.grad is not None])
+                self._update(group, [self._tensors(p) for p in group["params"] if p.grad is not None])
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        if not params:
+    def _update(self, group: dict[str, Any], parameters: list[Tensors]) -> None:
+        ends = [tensors[0].numel() // LANES * LANES for tensors in parameters]
+        cut = list(zip(parameters, ends, strict=True))
+        self._run(group, [[t[:end] for t in tensors] for tensors, end in cut if end])
+        rests = [[t[end:] for t in tensors] for tensors, end in cut if end < tensors[0].numel()]
+        padded = [[F.pad(t, (0, LANES - t.numel())) for t in tensors] for tensors in rests]
+        self._run(group, padded)
+        for tensors, results in zip(rests, padded, strict=True):
+            for tensor, result in zip(tensors, results, strict=True):
+                tensor.copy_(result[: tensor.numel()])
+
+    def _run(self, group: dict[str, Any], parameters: list[Tensors]) -> None:
+        """torch's fused update: one pass over memory, and none of its own."""
+        if not parameters:
             return
-        (beta1, beta2), step, lr, decay = group["betas"], group["step"], group["lr"], group["weight_decay"]
-        first, second = self._moments(params, "exp_avg"), self._moments(params, "exp_avg_sq")
-        grads: Any = [p.grad.float() for p in params if p.grad is not None]
-        if decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        elif decay:
-            grads = torch._foreach_add(grads, params, alpha=decay)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
-        scale: Any = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, math.sqrt(correction2))
-        torch._foreach_add_(scale, group["eps"])
-        torch._foreach_addcdiv_(params, first, scale, -lr / correction1)
+        params, grads, first, second = (list(kind) for kind in zip(*parameters, strict=True))
+        before = group["step"] - 1.0 if group["bias_correction"] else math.inf
+        beta1, beta2 = group["betas"]
+        (adamw if self.adam_w_mode else adam)(
+            params,
+            grads,
+            first,
+            second,
+            [],
+            list(torch.full((len(params),), before, device=params[0].device).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
-    def _moments(self, params: list[torch.Tensor], name: str) -> list[torch.Tensor]:
-        for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(p, dtype=torch.float32)
-        return [self.state[p][name] for p in params]
+    def _tensors(self, parameter: torch.Tensor) -> Tensors:
+        """Parameter, gradient, first and second moment, flat."""
+        state = self.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        assert parameter.grad is not None
+        return [t.view(-1) for t in (parameter, parameter.grad.float(), state["exp_avg"], state["exp_avg_sq"])]

@@ -15,53 +15,48 @@ exchanged as safetensors (`rpo export`).
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from rpo_megatron import __version__
 from rpo_megatron.distributed import Groups, barrier, gather_objects, on_leader
 from rpo_megatron.errors import UserError
 from rpo_megatron.fileio import fsync, fsync_tree, sha256, write_json, write_text_atomically
 from rpo_megatron.model import compat
-from rpo_megatron.model.build import ScoringModel
+from rpo_megatron.model.adapter import Adapter
+from rpo_megatron.model.build import Model
 from rpo_megatron.model.companions import copy_companions
+from rpo_megatron.model.lora import adapter_of, attach, merge
+from rpo_megatron.model.lora_io import restore_adapter, sharded_adapter
 from rpo_megatron.model.shape import VALUE_ARCHITECTURE, Head, ModelShape, read_shape
 from rpo_megatron.model.source import CHECKPOINTS, FORMAT, HF, LATEST, SHARDS, STATE, Source, read_state
 from rpo_megatron.model.table import SCORE
 from rpo_megatron.model.weights import draw_value_head, load_hf
+from rpo_megatron.training.optimizer import load_state
+from rpo_megatron.training.resume import RunState, check_same, difference
 
 SHARDING = "fully_reshardable"
 """How the optimizer's state is cut: the only one of megatron's kinds that any layout can load."""
+EXTRA_STATE = "_extra_state"
+"""Of Transformer Engine's modules, and of some of megatron's, the end of a name: which module has one depends on the
+kind of layers, with which a checkpoint has nothing to do."""
+STRICT = {
+    StrictHandling.RAISE_ALL: StrictHandling.RETURN_ALL,
+    StrictHandling.RAISE_UNEXPECTED: StrictHandling.RETURN_UNEXPECTED,
+}
+"""What to ask megatron for, to raise for everything but extra states."""
 NOT_WEIGHTS = ("dtype", "pad_token")
 """Fields of ModelShape that say nothing about the weights."""
 HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """What a checkpoint knows besides tensors. Nothing in a step draws random numbers: (seed, step) is all of it."""
-
-    step: int
-    """Updates done."""
-    consumed: int
-    """Groups consumed."""
-    groups_per_step: int
-    """With the step it says which groups come next, so it may not change in the middle of a run."""
-    seed: int
-    precision: str
-    data: str
-    """Fingerprint of the training store."""
-    reference: dict[str, str] | None
-    """Identity of the reference, None for a method without one."""
-
-
 def save(
-    model: ScoringModel,
+    model: Model,
     optimizer: Any,
     *,
     directory: Path,
@@ -90,13 +85,16 @@ def save(
         "format": FORMAT,
         **asdict(state),
         "model": asdict(model.shape),
+        "adapter": _adapter_record(model),
         "layout": {
             "tensor": groups.tp.size,
             "pipeline": groups.pp.size,
+            "virtual": groups.virtual,
             "context": groups.cp.size,
             "expert": groups.ep.size,
             "data": groups.dp.size,
         },
+        "rpo_megatron": __version__,
         "megatron_core": megatron_version,
         "has_optimizer": optimizer is not None,
         "files": checksums,
@@ -104,7 +102,7 @@ def save(
     on_leader(lambda: _complete(staging, directory, record))
 
 
-def load(model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups) -> RunState:
+def load(model: Model, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups) -> RunState:
     """Restore weights and optimizer in place, and give the state of the run. Every rank must call this.
 
     `expected` is what the run would write now, at step 0: everything but step and consumed must agree. Raises
@@ -116,20 +114,27 @@ def load(model: ScoringModel, optimizer: Any, *, directory: Path, expected: RunS
     _verify(directory, record, groups)
     sharded = _sharded_state(model, optimizer, groups, is_loading=True)
     loaded = _load(sharded, directory, StrictHandling.RAISE_ALL)
-    model.load_state_dict(loaded["model"])
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
-    return RunState(**{name: record[name] for name in RunState.__dataclass_fields__})
+    if adapter_of(model) is None:
+        _restore(model, loaded["model"])
+    else:
+        restore_adapter(model, loaded["model"])
+    load_state(optimizer, loaded["optimizer"])
+    return RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
 
 
-def load_weights(model: ScoringModel, source: Source, groups: Groups, *, seed: int | None = None) -> None:
+def load_weights(model: Model, source: Source, groups: Groups, *, seed: int | None = None) -> None:
     """Fill a model from a Hugging Face directory or a checkpoint, cast to the model's precision.
 
     A language model may fill a reward model: its output layer stays behind, and the value head is drawn from `seed`.
-    Raises UserError for that without a seed, and for a reward model where a language model is wanted.
+    An adapter is merged into its base. Raises UserError for a value head without a seed, and for a reward model where a
+    language model is wanted.
     """
     head = read_shape(source.hf).head
     _check_head(source, head, model, may_draw=seed is not None)
+    if source.adapter is not None:
+        load_adapted(model, source, source.base(), groups, seed=seed)
+        merge(model)
+        return
     if source.kind == "huggingface":
         load_hf(model, str(source.path), groups, head=head)
     else:
@@ -139,7 +144,27 @@ def load_weights(model: ScoringModel, source: Source, groups: Groups, *, seed: i
         draw_value_head(model, seed, groups)
 
 
-def _check_head(source: Source, head: Head, model: ScoringModel, *, may_draw: bool) -> None:
+def load_adapted(model: Model, source: Source, base: Source, groups: Groups, *, seed: int | None = None) -> None:
+    """Fill a model from the base of an adapter, and give it the adapter of the checkpoint `source`. Arguments and
+    errors as those of load_weights; `base` is trusted to be the adapter's."""
+    assert source.adapter is not None
+    # A value head that the base lacks is in the checkpoint, if it is a reward model's.
+    load_weights(model, base, groups, seed=0 if seed is None else seed)
+    attach(model, Adapter.of(source.adapter))
+    load_adapter(model, source, groups)
+
+
+def load_adapter(model: Model, source: Source, groups: Groups) -> None:
+    """Fill the adapter that a model has; a value head that the checkpoint lacks is left alone."""
+    record = read_state(source.path)
+    _verify(source.path, record, groups)
+    sharded = sharded_adapter(model)
+    if read_shape(source.hf).head == "lm":
+        sharded.pop(SCORE, None)
+    restore_adapter(model, _load({"model": sharded}, source.path, StrictHandling.RAISE_UNEXPECTED)["model"])
+
+
+def _check_head(source: Source, head: Head, model: Model, *, may_draw: bool) -> None:
     if head == "value" and model.shape.head == "lm":
         raise UserError(
             f"{source.path}: is a reward model and has no output layer to take log-probabilities from; give a language "
@@ -152,16 +177,26 @@ def _check_head(source: Source, head: Head, model: ScoringModel, *, may_draw: bo
         )
 
 
-def _load_checkpoint(model: ScoringModel, directory: Path, groups: Groups, *, head: Head) -> None:
+def _load_checkpoint(model: Model, directory: Path, groups: Groups, *, head: Head) -> None:
     record = read_state(directory)
     _check_shape(directory, record, replace(model.shape, head=head))
     _verify(directory, record, groups)
+    # In the state dict of several chunks, their numbers come before the names.
+    drawn = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(SCORE) and head == "lm"}
     sharded = model.sharded_state_dict(metadata=_metadata(groups))
-    if head == "lm":
-        sharded.pop(SCORE, None)
+    sharded = {name: tensor for name, tensor in sharded.items() if name not in drawn}
     loaded = _load({"model": sharded}, directory, StrictHandling.RAISE_UNEXPECTED)["model"]
-    left_alone = {name: tensor for name, tensor in model.state_dict().items() if name == SCORE and head == "lm"}
-    model.load_state_dict({**loaded, **left_alone})
+    _restore(model, {**loaded, **drawn})
+
+
+def _restore(model: Model, loaded: dict[str, Any]) -> None:
+    """Load weights. Of Transformer Engine's extra states, empty but for the scales of delayed scaling, those are taken
+    that belong to the model's recipe; for others it keeps its own."""
+    own = {name: state for name, state in model.state_dict().items() if name.endswith(EXTRA_STATE)}
+    if not (model.config.fp8 and model.config.fp8_recipe == "delayed"):
+        loaded = {name: tensor for name, tensor in loaded.items() if EXTRA_STATE not in name}
+    with compat.pickled_scales():
+        model.load_state_dict({**own, **loaded})
 
 
 def make_latest(directory: Path, *, keep: int) -> None:
@@ -178,12 +213,20 @@ def step_directory(run_dir: str, step: int) -> Path:
 
 
 def _metadata(groups: Groups) -> dict[str, Any]:
-    return {"distrib_optim_sharding_type": SHARDING, "dp_cp_group": groups.replicas.group}
+    return {
+        "distrib_optim_sharding_type": SHARDING,
+        # The first data rank alone puts its part of the optimizer together, in host memory; else all do, on the device
+        # as well, for one of them to write it.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": groups.replicas.group,
+    }
 
 
-def _sharded_state(model: ScoringModel, optimizer: Any, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(model: Model, optimizer: Any, groups: Groups, *, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata(groups)
-    sharded: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    has_adapter = adapter_of(model) is not None
+    weights = sharded_adapter(model) if has_adapter else model.sharded_state_dict(metadata=metadata)
+    sharded: dict[str, Any] = {"model": weights}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], is_loading=is_loading, metadata=metadata)
     return sharded
@@ -191,31 +234,43 @@ def _sharded_state(model: ScoringModel, optimizer: Any, groups: Groups, *, is_lo
 
 def _load(sharded: dict[str, Any], directory: Path, strict: StrictHandling) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded, str(directory / SHARDS), strict=strict)
+        loaded, *mismatches = dist_checkpointing.load(sharded, str(directory / SHARDS), strict=STRICT[strict])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         raise UserError(f"{directory}: does not fit this model or is damaged: {error}") from error
+    different = sorted({key for keys in mismatches for key in keys if EXTRA_STATE not in key})
+    if different:
+        raise UserError(f"{directory}: does not fit this model, which lacks or adds {', '.join(different)}")
+    return loaded
 
 
-def _check_fits(directory: Path, record: dict[str, Any], model: ScoringModel, expected: RunState) -> None:
+def _check_fits(directory: Path, record: dict[str, Any], model: Model, expected: RunState) -> None:
     _check_shape(directory, record, model.shape)
+    _check_adapter(directory, record, model, expected)
     if not record["has_optimizer"]:
         raise UserError(f"{directory}: holds weights only and cannot be resumed; start from it with model.path")
-    advice = {
-        "groups_per_step": "set train.groups_per_step back",
-        "precision": "set precision back",
-        "seed": "set seed back",
-        "data": "point data.train back at the store that the run began with",
-        "reference": "set reference.path, precision and the store back to what the run began with",
-    }
-    for name, what in advice.items():
-        there, here = record[name], getattr(expected, name)
-        if there != here:
-            raise UserError(
-                f"{directory}: was written by a run with another {name} ({_difference(there, here)}); {what}, or start "
-                f"a new run in another run_dir"
-            )
+    check_same(directory, record, expected)
+
+
+def _check_adapter(directory: Path, record: dict[str, Any], model: Model, expected: RunState) -> None:
+    here = _adapter_record(model)
+    if record.get("adapter") != here:
+        raise UserError(
+            f"{directory}: was written by a run with another adapter ({difference(record.get('adapter'), here)}); set "
+            f"the section `lora` back, or start a new run in another run_dir"
+        )
+    if expected.base is not None and record["base"]["weights"] != expected.base["weights"]:
+        raise UserError(
+            f"{directory}: holds an adapter of other weights ({record['base']['path']}, "
+            f"{record['base']['weights'][:12]}; here {expected.base['path']}, {expected.base['weights'][:12]}); set "
+            f"model.path back, or start a new run in another run_dir"
+        )
+
+
+def _adapter_record(model: Model) -> dict[str, Any] | None:
+    adapter = adapter_of(model)
+    return None if adapter is None else asdict(adapter) | {"targets": list(adapter.targets)}
 
 
 def _check_experts(directory: Path, saved: int, groups: Groups) -> None:
@@ -227,13 +282,6 @@ def _check_experts(directory: Path, saved: int, groups: Groups) -> None:
             f"parallel.expert={groups.ep.size}: either both are 1 or neither is; or start a new run from its weights "
             f"with model.path"
         )
-
-
-def _difference(before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-        return ", ".join(f"{name}: {before.get(name)} there, {now.get(name)} here" for name in names)
-    return f"{before} there, {now} here"
 
 
 def _check_shape(directory: Path, record: dict[str, Any], shape: ModelShape) -> None:

@@ -7,16 +7,18 @@ import torch
 from rpo_megatron import config_io
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.config_verbs import ExportConfig, ImportConfig
-from rpo_megatron.distributed import Groups, barrier, start, stop
+from rpo_megatron.distributed import Groups, barrier, on_leader, start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import Precision, ScoringModel, build
+from rpo_megatron.fileio import fsync, fsync_tree
+from rpo_megatron.model.build import Model, Precision, build
 from rpo_megatron.model.companions import copy_companions
 from rpo_megatron.model.hf_io import HFWriter
+from rpo_megatron.model.lora_io import write_peft
 from rpo_megatron.model.shape import check_layout, num_parameters, read_shape
-from rpo_megatron.model.source import find, read_state
+from rpo_megatron.model.source import Source, find, read_state
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training import checkpoint
-from rpo_megatron.training.checkpoint import HF_DTYPES, RunState, load_weights
+from rpo_megatron.training.checkpoint import HF_DTYPES, RunState, load_adapted, load_weights
 from rpo_megatron.training.parity import verify
 
 
@@ -27,12 +29,17 @@ def export(config: ExportConfig) -> None:
     if source.kind != "checkpoint":
         raise UserError(f"'{config.load}' is a Hugging Face directory already; give a checkpoint or a run directory")
     _check_is_new(config.save)
+    _check_format(config, source)
     precision = read_state(source.path)["precision"]
     shape = read_shape(source.hf)
     check_layout(shape, tensor=config.tensor, pipeline=config.pipeline)
     # Where the verification runs the model: without rounding, and experts ask for sequence parallelism.
     inside: Precision = "fp32" if config.verify else precision
     model = build(shape, precision=inside, sequence_parallel=config.tensor > 1, groups=groups)
+    if config.format == "peft":
+        _export_adapter(model, config, source, dtype=HF_DTYPES[precision], groups=groups)
+        stop()
+        return
     load_weights(model, source, groups)
     write_hf(model, config, source.hf, dtype=HF_DTYPES[precision], groups=groups)
     if groups.leads:
@@ -44,7 +51,33 @@ def export(config: ExportConfig) -> None:
     stop()
 
 
-def write_hf(model: ScoringModel, config: ExportConfig, companions: Path, *, dtype: str, groups: Groups) -> None:
+def _check_format(config: ExportConfig, source: Source) -> None:
+    if config.format == "peft" and source.adapter is None:
+        raise UserError(
+            f"format=peft: {source.path} is a whole model, without an adapter; export it with format=merged"
+        )
+    if config.format == "peft" and config.verify:
+        raise UserError("verify=true opens a whole model with `transformers`; use it with format=merged")
+
+
+def _export_adapter(model: Model, config: ExportConfig, source: Source, *, dtype: str, groups: Groups) -> None:
+    base, directory = source.base(), Path(config.save)
+    load_adapted(model, source, base, groups)
+    staging = directory.with_name(f"{directory.name}.incomplete")
+    on_leader(lambda: staging.mkdir(parents=True, exist_ok=True))
+    write_peft(model, staging, groups, base=str(base.path), dtype=getattr(torch, dtype))
+    on_leader(lambda: _complete(staging, directory))
+    if groups.leads:
+        print(f"exported the adapter {source.path} of {base.path} -> {config.save}")
+
+
+def _complete(staging: Path, directory: Path) -> None:
+    fsync_tree(staging)
+    staging.rename(directory)
+    fsync(directory.parent)
+
+
+def write_hf(model: Model, config: ExportConfig, companions: Path, *, dtype: str, groups: Groups) -> None:
     """Gather the model parameter by parameter and write it on rank 0, in `dtype` (torch's name)."""
     tensors = gather_hf(model, groups)
     if not groups.leads:

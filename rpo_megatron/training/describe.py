@@ -7,8 +7,9 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import check_layout, num_parameters, padded_vocab, stage_layers
+from rpo_megatron.model.shape import check_layout, chunk_layers, num_parameters, padded_vocab
 from rpo_megatron.objectives import catalogue
+from rpo_megatron.training import adapters
 from rpo_megatron.training.resolve import READS_REWARD, Plan, check_config
 from rpo_megatron.training.sidecar import state
 
@@ -32,7 +33,8 @@ def _or_reason(describe: Callable[[], str]) -> str:
 
 def model(plan: Plan) -> str:
     shape = plan.shape
-    check_layout(shape, tensor=plan.config.parallel.tensor, pipeline=plan.config.parallel.pipeline)
+    parallel = plan.config.parallel
+    check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, virtual=parallel.virtual)
     embeddings = "tied" if shape.tied_embeddings else "untied"
     head = "value head (reward model)" if shape.head == "value" else f"{embeddings} embeddings"
     return (
@@ -40,6 +42,25 @@ def model(plan: Plan) -> str:
         f"{shape.num_heads} heads ({shape.num_kv_heads} kv), vocabulary {shape.vocab_size} (padded to "
         f"{padded_vocab(shape)}), {head}"
     )
+
+
+def experts(plan: Plan) -> str:
+    found = plan.shape.experts
+    if found is None:
+        return "none"
+    losses = [f"{name} {value:g}" for name, value in vars(plan.config.moe).items() if value]
+    layers = plan.shape.num_layers - len(found.dense_layers)
+    shared = ", and a shared one" * (found.shared_ffn_size > 0)
+    return (
+        f"{found.per_token} of {found.count} for a token{shared}, in {layers} layers; losses of their routers: "
+        f"{', '.join(losses) or 'none, the objective alone trains them'}"
+    )
+
+
+def adapter(plan: Plan) -> str:
+    if plan.adapter is None:
+        return "none: the weights themselves are trained"
+    return adapters.describe(plan.adapter, plan.config.lora, plan.shape)
 
 
 def layout(plan: Plan) -> str:
@@ -55,7 +76,9 @@ def layout(plan: Plan) -> str:
 
 
 def stages(plan: Plan) -> str:
-    return "+".join(map(str, stage_layers(plan.shape, plan.config.parallel.pipeline))) + " layers"
+    parallel = plan.config.parallel
+    chunks = "+".join(map(str, chunk_layers(plan.shape, parallel.pipeline, parallel.virtual)))
+    return f"{chunks} layers" + f", {parallel.virtual} chunks on each" * (parallel.virtual > 1)
 
 
 def objective(plan: Plan) -> str:
@@ -113,7 +136,8 @@ def valid_store(plan: Plan) -> str:
 def reference(plan: Plan) -> str:
     if plan.reference == "none":
         return f"none: {plan.config.objective.method} reads no reference"
-    text = f"{plan.reference}, {plan.reference_source.path}, weights {plan.reference_fingerprint[:12]}"
+    text: str = "the policy without its adapter" if plan.reference_is_base else plan.reference
+    text += f", {plan.reference_source.path}, weights {plan.reference_fingerprint[:12]}"
     if plan.config.reference.offload:
         text += ", in host memory between its passes"
     return f"{text}; {_role(plan.reads)}{_sidecars(plan)}"
@@ -147,6 +171,8 @@ def steps(plan: Plan) -> str:
 
 _DERIVED: dict[str, Callable[[Plan], str]] = {
     "model": model,
+    "experts": experts,
+    "adapter": adapter,
     "layout": layout,
     "objective": objective,
     "rewards": rewards,

@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpo_megatron.config import RunConfig
-from rpo_megatron.data.cost import CostModel, transformer_cost
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.data.store import Store
-from rpo_megatron.distributed import Groups, start, stop
+from rpo_megatron.distributed import Groups, on_leader, start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import ModelShape, padded_vocab
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.statistics import Stats
 from rpo_megatron.training import describe
 from rpo_megatron.training.forward import merge_stats, run_objective, to_device
+from rpo_megatron.training.loaders import make_loader
 from rpo_megatron.training.metrics import Reducer, format_line, format_table
 from rpo_megatron.training.policy import choose_weights, load_policy, progress
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
+from rpo_megatron.training.score import make_reference
+from rpo_megatron.training.sidecar import to_make
 
 GROUPS_AT_A_TIME = 64
 """Groups of each data-parallel rank that are packed together; bounds the memory of a long evaluation."""
@@ -67,43 +68,15 @@ def held_out(plan: Plan) -> Store:
     return plan.valid_store
 
 
-def make_loader(plan: Plan, store: Store, groups: Groups) -> Loader:
-    config = plan.config
-    return Loader(
-        store,
-        seed=config.seed,
-        groups_per_step=config.train.groups_per_step,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-        packing=config.data.packing,
-        share_prompt=config.data.share_prompt,
-        cost=cost_model(plan.shape),
-        dp_rank=groups.dp.rank,
-        dp_size=groups.dp.size,
-        multiple=plan.row_multiple,
-    )
-
-
-def cost_model(shape: ModelShape) -> CostModel:
-    """What the model's shape makes of lengths."""
-    return transformer_cost(
-        layers=shape.num_layers,
-        hidden=shape.hidden_size,
-        ffn=shape.ffn_size,
-        query_width=shape.num_heads * shape.head_dim,
-        key_width=shape.num_kv_heads * shape.head_dim,
-        output_width=padded_vocab(shape) if shape.head == "lm" else 0,
-    )
-
-
 def evaluate_run(config: RunConfig) -> None:
     """`rpo eval`: prints a table of the statistics, the line of a training log, and last, in full, a line of JSON."""
     groups = start(config.parallel)
     plan = resolve(config)
     weights = choose_weights(plan, key="evaluation.checkpoint", wish=config.evaluation.checkpoint)
-    plan.with_reference(held_out(plan))  # refused before any weight is loaded
+    make_reference(plan, groups, on_leader(lambda: to_make(plan, [held_out(plan)])))
     objective = objectives.build(config.objective).at(progress(plan, weights))
-    evaluation = build_evaluation(plan, groups, fill_reference=build_reference(plan, groups))
     model = load_policy(plan, weights, groups)
+    evaluation = build_evaluation(plan, groups, fill_reference=build_reference(plan, groups, policy=model))
     means = Reducer(groups)(evaluation.run(model, objective)).means
     if groups.leads:
         path = weights.source.path

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from rpo_megatron.data.microbatch import MicroBatch
 from rpo_megatron.distributed import Axis
+from rpo_megatron.model.chunks import in_turns
 from rpo_megatron.model.context import part_of
 from rpo_megatron.model.logprobs import response_logps
 from rpo_megatron.model.row import Row, Segments
@@ -25,6 +27,7 @@ from rpo_megatron.model.scores import ReferenceTokens, Scores
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.responses import Responses
 from rpo_megatron.objectives.statistics import Stats
+from rpo_megatron.training.p2p import planned_messages
 
 T = TypeVar("T")
 
@@ -90,6 +93,7 @@ def to_device(microbatch: MicroBatch, device: torch.device, *, cp: Axis | None =
             scored_label_N=tensor(microbatch.scored_label_N),
             last_position_GK=tensor(microbatch.last_position_GK),
             before_last_position_GK=tensor(microbatch.before_last_position_GK),
+            group_T=tensor(microbatch.group_T),
             part=part,
         ),
         counted=cp is None or cp.first,
@@ -195,13 +199,17 @@ def _collect(model: Any, batches: list[Batch], answer: Callable[[Batch, Scores],
 
 
 def _schedule(model: Any, batches: list[Batch], forward_step: Any, **options: Any) -> list[Any]:
-    """megatron's schedule for the current layout: plain accumulation, or 1F1B over pipeline stages."""
+    """megatron's schedule for the current layout: plain accumulation, or 1F1B over pipeline stages, interleaved where
+    they have several chunks."""
+    chunks = in_turns(model, num_rows=len(batches))
+    lengths = [batch.row.tokens_1T.shape[1] for batch in batches]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
         num_microbatches=len(batches),
-        seq_length=batches[0].row.tokens_1T.shape[1],  # a hint only: rows have variable length
+        seq_length=lengths[0],  # a hint only: rows have variable length
         micro_batch_size=1,
+        **planned_messages(get_model_config(model), lengths),
         **options,
     )

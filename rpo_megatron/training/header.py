@@ -9,9 +9,11 @@ from rpo_megatron import __version__
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.build import choose_layers
-from rpo_megatron.model.logprobs import choose_logprobs
+from rpo_megatron.model.logprobs import choose_kept, choose_logprobs
 from rpo_megatron.model.shape import read_shape
-from rpo_megatron.training import describe
+from rpo_megatron.model.source import read_state
+from rpo_megatron.training import describe, resume
+from rpo_megatron.training.optimizer import describe_optimizer
 from rpo_megatron.training.resolve import Plan
 from rpo_megatron.training.step import overlaps
 
@@ -27,10 +29,14 @@ def text(plan: Plan, groups: Groups, *, resume_from: Path | None) -> str:
     rows = {
         "rpo_megatron": f"{__version__}, torch {torch.__version__}, megatron-core {megatron_version}",
         "model": describe.model(plan),
+        **({} if plan.shape.experts is None else {"experts": describe.experts(plan)}),
+        **({} if plan.adapter is None else {"adapter": describe.adapter(plan)}),
         "start": _start(plan, resume_from),
+        **_since(plan, resume_from),
         "layout": _layout(plan, groups),
         "precision": f"{plan.precision} layers; fp32 gradients, master weights and scores; fp64 objective",
         "kernels": _kernels(plan, groups),
+        "optimizer": describe_optimizer(config.optimizer),
         "objective": describe.objective(plan),
         "rewards": describe.rewards(plan),
         "reference": describe.reference(plan),
@@ -52,6 +58,13 @@ def _start(plan: Plan, resume_from: Path | None) -> str:
     return f"{plan.source.path}, weights {plan.source.fingerprint()[:12]}{head}"
 
 
+def _since(plan: Plan, resume_from: Path | None) -> dict[str, str]:
+    if resume_from is None:
+        return {}
+    notes = resume.notes(resume_from, read_state(resume_from), plan.config)
+    return {"changed": "\n".join(notes)} if notes else {}
+
+
 def _layout(plan: Plan, groups: Groups) -> str:
     context = f" x context {groups.cp.size}" * (groups.cp.size > 1)
     experts = f", experts over {groups.ep.size}" * (groups.ep.size > 1)
@@ -70,9 +83,10 @@ def _kernels(plan: Plan, groups: Groups) -> str:
     again = {"none": "nothing", "mlp": "feed-forward layers", "full": "whole layers"}[config.recompute]
     attention = choose_attention(config.kernels.attention, groups.device)
     logprobs = choose_logprobs(config.kernels.logprobs, groups.device)
+    kept = choose_kept(config.kernels.keep_logits_mib, logprobs, groups.device) >> 20
     return (
-        f"{attention} attention, {layers} layers, log-probabilities without logits ({logprobs}); {again} computed "
-        f"again in backward"
+        f"{attention} attention, {layers} layers, log-probabilities without logits ({logprobs}; up to {kept} MiB kept "
+        f"for backward); {again} computed again in backward"
     )
 
 

@@ -15,6 +15,7 @@ from rpo_megatron.config import LoggingConfig
 from rpo_megatron.data.packing import Balance
 from rpo_megatron.distributed import Groups, gather_objects, sum_over_world
 from rpo_megatron.fileio import write_text_atomically
+from rpo_megatron.model.router import expert_numbers
 from rpo_megatron.objectives.statistics import Stats, summarise
 from rpo_megatron.training.forward import merge_stats
 
@@ -34,6 +35,9 @@ COLUMNS = (  # name, label, format
     ("token_kl", "token kl", "z.4f"),
     ("entropy", "entropy", ".3f"),
     ("length_correlation", "length corr", "+z.3f"),
+    ("load", "expert load", ".2f"),
+    ("balance", "balance", ".3f"),
+    ("router_z", "router z", ".2f"),
     ("best_of_n", "best of n", ".4f"),
     ("kendall_tau", "tau", "+z.3f"),
     ("brier", "brier", ".3f"),
@@ -86,21 +90,30 @@ class Reducer:
         self._groups = groups
         self._names: list[str] = []
 
-    def __call__(self, stats: Stats, *, tokens: int = 0) -> Reduced:
-        """Every rank must call this; only the ranks that speak for their data are counted."""
+    def __call__(self, stats: Stats, *, tokens: int = 0, seen_LX: torch.Tensor | None = None) -> Reduced:
+        """Every rank must call this; only the ranks that speak for their data are counted. `seen_LX` is what routers of
+        experts saw (router.take_seen), of which every rank has its part."""
         if not self._names:
             self._names = max(gather_objects(list(stats)), key=len)  # only last stages know the names
         groups, num = self._groups, len(self._names)
-        vector = torch.zeros(2 * num + 1 + groups.world, dtype=torch.float64, device=groups.device)
+        end = 2 * num + 1 + groups.world
+        size = end + (0 if seen_LX is None else seen_LX.numel())
+        vector = torch.zeros(size, dtype=torch.float64, device=groups.device)
+        if seen_LX is not None:
+            vector[end:] = seen_LX.flatten()
         if groups.speaks_for_data:
             vector[:num] = torch.stack([stats[name][0].double() for name in self._names])
             vector[num : 2 * num] = torch.stack([stats[name][1].double() for name in self._names])
             vector[2 * num] = tokens
         vector[2 * num + 1 + groups.rank] = peak_memory_gb(groups.device)
-        numbers = sum_over_world(vector).tolist()
+        reduced = sum_over_world(vector).cpu()
+        numbers = reduced[:end].tolist()
         sums = dict(zip(self._names, numbers[:num], strict=True))
         counts = dict(zip(self._names, numbers[num : 2 * num], strict=True))
-        return Reduced(means=summarise(sums, counts), tokens=numbers[2 * num], memory_gb=max(numbers[2 * num + 1 :]))
+        means = summarise(sums, counts)
+        if seen_LX is not None:
+            means |= expert_numbers(reduced[end:].view_as(seen_LX), num_groups=counts["loss"])
+        return Reduced(means=means, tokens=numbers[2 * num], memory_gb=max(numbers[2 * num + 1 :]))
 
 
 class Metrics:
@@ -131,12 +144,13 @@ class Metrics:
     def due(self, step: int) -> bool:
         return step % self._every == 0 or step == self._num_steps
 
-    def log(self, step: int, *, lr: float, grad_norm: float) -> None:
-        """Average over the steps since the last line, print and write; lr and grad_norm are the last step's.
+    def log(self, step: int, *, lr: float, grad_norm: float, seen_LX: torch.Tensor | None = None) -> None:
+        """Average over the steps since the last line, print and write; lr and grad_norm are the last step's, `seen_LX`
+        what router.take_seen says of all of them.
 
         Every rank must call this.
         """
-        reduced = self._reduce(self._stats, tokens=self._tokens)
+        reduced = self._reduce(self._stats, tokens=self._tokens, seen_LX=seen_LX)
         seconds = time.perf_counter() - self._since
         record = {
             **reduced.means,

@@ -14,10 +14,19 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
+from rpo_megatron.model.chunks import chunks_of
+
 PREFIX = "rpo: "
 """Of the names of our scopes in a trace."""
 ENGINE = "autograd::engine::evaluate_function"
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
+MATMULS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_mm",
+    "mkldnn::_linear_pointwise",  # model/products.py
+)
 COMMUNICATION = ("c10d::", "gloo:", "nccl:")
 ROWS = {
     "attention": "attention",
@@ -36,10 +45,11 @@ def named_scopes(policy: torch.nn.Module) -> Iterator[None]:
     """Scopes `policy`, `embedding`, `layers` and `attention` in the trace of what this model does."""
     modules = {"": "policy", "embedding": "embedding", "rotary": "layers", "decoder": "layers"}
     handles = []
-    for path, module in policy.named_modules():
-        name = "attention" if path.endswith(".core_attention") else modules.get(path)
-        if name is not None:
-            handles += _scope(module, PREFIX + name)
+    for chunk in chunks_of(policy):
+        for path, module in chunk.named_modules():
+            name = "attention" if path.endswith(".core_attention") else modules.get(path)
+            if name is not None:
+                handles += _scope(module, PREFIX + name)
     yield
     for handle in handles:
         handle.remove()

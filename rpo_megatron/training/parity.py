@@ -19,7 +19,7 @@ from rpo_megatron.data.rows import build_row
 from rpo_megatron.data.store import Group
 from rpo_megatron.distributed import Groups, gather_objects, on_leader
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import ScoringModel
+from rpo_megatron.model.build import Model
 from rpo_megatron.model.shape import Head, ModelShape
 from rpo_megatron.objectives.responses import Responses
 from rpo_megatron.training.forward import run_responses, to_device
@@ -55,7 +55,7 @@ class Parity:
         )
 
 
-def verify(model: ScoringModel, directory: str, groups: Groups) -> Parity:
+def verify(model: Model, directory: str, groups: Groups) -> Parity:
     """Compare `model`, in fp32, with the Hugging Face `directory` that was made from it, on all ranks.
 
     Raises UserError when they differ by more than rounding.
@@ -79,7 +79,7 @@ def _texts(shape: ModelShape) -> list[Group]:
     return [Group(prompt=tokens(), responses=[tokens(), tokens()], reward=None, ref_logp=None) for _ in range(PROMPTS)]
 
 
-def _our_numbers(model: ScoringModel, texts: list[Group], groups: Groups) -> np.ndarray:
+def _our_numbers(model: Model, texts: list[Group], groups: Groups) -> np.ndarray:
     number = np.arange(len(texts))
     row = build_row(texts, ids=number, draws=np.zeros(len(texts)), multiple=groups.tp.size, share_prompt=True)
     answers = run_responses(model, [to_device(row, groups.device)], _number)

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 from rpo_megatron.distributed import Groups
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import ScoringModel, build
+from rpo_megatron.model.build import Model, build
+from rpo_megatron.model.lora import attach
+from rpo_megatron.model.lora_io import draw, load_peft
+from rpo_megatron.model.peft_format import is_peft
 from rpo_megatron.model.shape import ModelShape
 from rpo_megatron.model.source import Source, find, newest_checkpoint, read_state
 from rpo_megatron.model.weights import load_random
-from rpo_megatron.training.checkpoint import load_weights
+from rpo_megatron.training import adapters
+from rpo_megatron.training.checkpoint import load_adapted, load_adapter, load_weights
 from rpo_megatron.training.resolve import Plan
 
 
@@ -22,7 +26,7 @@ class Weights:
     """They are those that training starts from: `source` is that of model.path, but they may be drawn."""
 
 
-def build_policy(plan: Plan, groups: Groups, *, shape: ModelShape) -> ScoringModel:
+def build_policy(plan: Plan, groups: Groups, *, shape: ModelShape) -> Model:
     """The model with its weights not yet set."""
     config = plan.config
     return build(
@@ -33,15 +37,29 @@ def build_policy(plan: Plan, groups: Groups, *, shape: ModelShape) -> ScoringMod
         recompute=config.recompute,
         kernels=config.kernels,
         fp8=config.fp8,
+        moe=config.moe,
     )
 
 
-def load_start(model: ScoringModel, plan: Plan, groups: Groups) -> None:
+def load_start(model: Model, plan: Plan, groups: Groups) -> None:
     """The weights that training starts from: drawn, or read, with a value head drawn where model.path has none."""
     if plan.config.model.init == "random":
         load_random(model, plan.config.seed, groups)
     else:
         load_weights(model, plan.source, groups, seed=plan.config.seed)
+    if plan.adapter is not None:
+        attach(model, plan.adapter)
+        _start_adapter(model, plan, groups)
+
+
+def _start_adapter(model: Model, plan: Plan, groups: Groups) -> None:
+    path = plan.config.lora.start
+    if path is None:
+        draw(model, plan.config.seed, groups)
+    elif is_peft(path):
+        load_peft(model, path, groups)
+    else:
+        load_adapter(model, adapters.start(path), groups)
 
 
 def choose_weights(plan: Plan, *, key: str, wish: str | None) -> Weights:
@@ -66,7 +84,7 @@ def choose_weights(plan: Plan, *, key: str, wish: str | None) -> Weights:
     return Weights(source=source, starting=False)
 
 
-def load_policy(plan: Plan, weights: Weights, groups: Groups) -> ScoringModel:
+def load_policy(plan: Plan, weights: Weights, groups: Groups) -> Model:
     """A model with chosen weights.
 
     Raises UserError when a reward model is wanted and the weights, other than starting ones, have no value head.
@@ -74,6 +92,8 @@ def load_policy(plan: Plan, weights: Weights, groups: Groups) -> ScoringModel:
     model = build_policy(plan, groups, shape=plan.shape_of(weights.source))
     if weights.starting:
         load_start(model, plan, groups)
+    elif plan.base is not None and weights.source.base_weights == plan.base["weights"]:
+        load_adapted(model, weights.source, plan.source, groups)
     else:
         load_weights(model, weights.source, groups)
     return model

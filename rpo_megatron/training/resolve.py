@@ -11,17 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from rpo_megatron.config import Fp8Config, RewardsConfig, RunConfig
+from rpo_megatron.config import Fp8Config, MoeConfig, RewardsConfig, RunConfig
 from rpo_megatron.data.rewards import make_view
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.tokenizer import same_tokenizer, tokenizer_fingerprints
 from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.precision import row_alignment
+from rpo_megatron.model.adapter import Adapter
+from rpo_megatron.model.precision import frozen, row_alignment
 from rpo_megatron.model.shape import ModelShape, check_layout, read_shape
 from rpo_megatron.model.source import Source, find
 from rpo_megatron.objectives import catalogue
 from rpo_megatron.objectives.row import KnobValue
+from rpo_megatron.training import adapters
 
 READS_REFERENCE = frozenset({"ref_logp", "token_kl"})
 READS_REWARD = frozenset({"reward", "rewards"})
@@ -50,6 +52,18 @@ class Plan:
         return _language_model(source, f"objective.method={self.config.objective.method}")
 
     @cached_property
+    def adapter(self) -> Adapter | None:
+        """What is trained in place of the weights, if the section `lora` says so."""
+        return adapters.wanted(self.config.lora, self.shape, self.source)
+
+    @cached_property
+    def base(self) -> dict[str, str] | None:
+        """Identity of the weights that it belongs to."""
+        if self.adapter is None:
+            return None
+        return {"path": str(self.source.path.resolve()), "weights": self.source.fingerprint()}
+
+    @cached_property
     def knobs(self) -> Mapping[str, KnobValue]:
         """Of the objective."""
         return catalogue.resolve_knobs(self.config.objective)
@@ -62,6 +76,12 @@ class Plan:
     @property
     def reference(self) -> Literal["none", "resident", "stored"]:
         return self.config.reference.mode if self.reads & READS_REFERENCE else "none"
+
+    @property
+    def reference_is_base(self) -> bool:
+        """The policy without its adapter is the reference: there is no second model."""
+        adapted = adapters.is_on(self.config.lora) and self.config.reference.path is None
+        return self.reference == "resident" and adapted
 
     @cached_property
     def reference_source(self) -> Source:
@@ -116,8 +136,7 @@ class Plan:
     @property
     def precision(self) -> str:
         """What decides the last digits of a log-probability besides the weights."""
-        recipe = self.config.fp8.recipe
-        return self.config.precision + (f" with fp8 {recipe}" if recipe != "none" else "")
+        return _precision(self.config.precision, self.config.fp8)
 
     def reference_identity(self, store: Store) -> dict[str, str]:
         """What the log-probabilities of a stored reference depend on. No layout: they are valid under any."""
@@ -125,7 +144,7 @@ class Plan:
             "weights": self.reference_fingerprint,
             "tokenizer": _join(store.manifest.tokenizer.fingerprints),
             "template": store.manifest.template.fingerprint,
-            "precision": self.precision,
+            "precision": _precision(self.config.precision, frozen(self.config.fp8)),
         }
 
     def with_reference(self, store: Store) -> Store:
@@ -145,6 +164,8 @@ class Plan:
     def check_models(self) -> None:
         """The same for the starting weights and the reference, and that the two can be compared."""
         self._check_layout(self.shape)
+        if self.config.moe != MoeConfig() and self.shape.experts is None:
+            raise UserError(f"the section `moe` is for models with experts; {self.shape.family} has none: remove it")
         if self.reference == "none":
             return
         self._check_layout(self.reference_shape)
@@ -161,6 +182,7 @@ class Plan:
             shape,
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
+            virtual=parallel.virtual,
             context=parallel.context,
             expert=parallel.expert,
             sequence=parallel.sequence,
@@ -190,7 +212,7 @@ def resolve(config: RunConfig) -> Plan:
     check_config(config)
     plan = Plan(config=config)
     plan.check_models()
-    _ = plan.train_store, plan.valid_store
+    _ = plan.train_store, plan.valid_store, plan.adapter
     return plan
 
 
@@ -203,13 +225,22 @@ def check_config(config: RunConfig) -> None:
     _check_numbers(config)
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise UserError("parallel.sequence splits over the tensor ranks: it needs parallel.tensor > 1")
+    if config.parallel.virtual > 1 and config.parallel.pipeline == 1:
+        raise UserError("parallel.virtual cuts up the stages of a pipeline: it needs parallel.pipeline > 1")
     if optimizer.schedule == "constant" and optimizer.min_lr:
         raise UserError("optimizer.min_lr is not used by optimizer.schedule=constant; remove it, or use cosine")
     if config.evaluation.every and config.data.valid is None:
         raise UserError("evaluation.every needs a held-out store: give data.valid, or set evaluation.every=0")
     if config.parallel.bucket_size is not None and config.parallel.overlap is False:
         raise UserError("parallel.bucket_size is not used by parallel.overlap=false; remove one of them")
+    if config.kernels.keep_logits_mib is not None and config.kernels.logprobs == "triton":
+        raise UserError("kernels.keep_logits_mib is not used by kernels.logprobs=triton; remove it, or use tiles")
+    if config.kernels.attention == "te" and config.data.share_prompt:
+        raise UserError(
+            "kernels.attention=te knows no shared prompts: set data.share_prompt=false, or kernels.attention=merged"
+        )
     _check_fp8(config)
+    adapters.check_lora(config)
     _check_columns(config, reads=Plan(config=config).reads)
 
 
@@ -227,6 +258,10 @@ def _check_fp8(config: RunConfig) -> None:
         raise UserError("fp8.bf16_layers is not possible with fp8.recipe=delayed, whose scales all layers share")
     if fp8.reference_weights and config.reference.mode != "resident":
         raise UserError("fp8.reference_weights is not used by reference.mode=stored; remove it")
+    if fp8.reference_weights and config.reference.offload:
+        raise UserError(
+            "fp8.reference_weights and reference.offload: FP8 weights stay on the device; choose one of the two"
+        )
 
 
 def _check_columns(config: RunConfig, *, reads: frozenset[str]) -> None:
@@ -264,6 +299,7 @@ def _check_numbers(config: RunConfig) -> None:
     at_least_one = {
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
+        "parallel.virtual": config.parallel.virtual,
         "parallel.context": config.parallel.context,
         "parallel.expert": config.parallel.expert,
         "parallel.bucket_size": config.parallel.bucket_size,
@@ -286,7 +322,10 @@ def _check_numbers(config: RunConfig) -> None:
         if not 0 <= beta < 1:
             raise UserError(f"{key} must be in [0, 1), found {beta}")
     not_negative = {
+        "kernels.keep_logits_mib": config.kernels.keep_logits_mib or 0,
         "fp8.bf16_layers": config.fp8.bf16_layers,
+        "moe.aux_loss": config.moe.aux_loss,
+        "moe.z_loss": config.moe.z_loss,
         "optimizer.lr": config.optimizer.lr,
         "optimizer.min_lr": config.optimizer.min_lr,
         "optimizer.warmup_steps": config.optimizer.warmup_steps,
@@ -300,6 +339,10 @@ def _check_numbers(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{key} must be a number that is not negative, found {value}")
+
+
+def _precision(precision: str, fp8: Fp8Config) -> str:
+    return precision + (f" with fp8 {fp8.recipe}" if fp8.recipe != "none" else "")
 
 
 def _language_model(source: Source, user: str) -> ModelShape:

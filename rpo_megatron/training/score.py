@@ -8,8 +8,8 @@
 Any layout may write it and any layout may read it. Memory stays bounded: a block of groups at a time goes through the
 model, and rank 0 appends its numbers. The stores need no rewards for any of this.
 
-`rpo train` with reference.mode=stored makes the first kind by itself where it is missing (sidecar.py); both run
-`score_reference`.
+With reference.mode=stored, whoever reads the first kind makes it where it is missing (sidecar.py): `rpo train`, `rpo
+eval` and `--with implicit` all run `make_reference`.
 """
 
 import contextlib
@@ -34,11 +34,13 @@ from rpo_megatron.model.shape import read_shape
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.responses import Responses
-from rpo_megatron.training.evaluate import make_loader
+from rpo_megatron.training import adapters
 from rpo_megatron.training.forward import policy_logps, run_responses, to_device
+from rpo_megatron.training.loaders import make_loader
 from rpo_megatron.training.policy import Weights, choose_weights, load_policy
 from rpo_megatron.training.reference import Fill, build_reference, load_reference, without_reference
 from rpo_megatron.training.resolve import Plan, check_config
+from rpo_megatron.training.sidecar import State, to_make
 
 GROUPS_AT_A_TIME = 256
 """Of each data-parallel rank; bounds memory."""
@@ -97,6 +99,18 @@ def score_reference(plan: Plan, groups: Groups, stores: Sequence[Store]) -> None
     torch.cuda.empty_cache()
 
 
+def make_reference(plan: Plan, groups: Groups, missing: dict[str, State]) -> None:
+    """Score the stores that lack the stored reference, as `to_make` found them, while there is no other model in
+    memory. Every rank must call this."""
+    why = {"missing": "is missing", "outdated": "was made for tokens that are no longer there"}
+    if not missing:
+        return
+    if groups.leads:
+        for prefix, state in missing.items():
+            print(f"{prefix}.ref_logp {why[state]}: one pass over it with the reference comes first", flush=True)
+    score_reference(plan, groups, [store for store in plan.stores if store.prefix in missing])
+
+
 def _once(stores: Sequence[Store]) -> list[Store]:
     """Data that is trained on and held out at once is still one store."""
     return list({Path(store.prefix).resolve(): store for store in stores}.values())
@@ -152,15 +166,15 @@ def _column_scorer(plan: Plan, groups: Groups) -> Scorer:
     weights = choose_weights(plan, key="score.checkpoint", wish=config.score.checkpoint)
     _check_head(plan, weights)
     compares = config.score.what == "implicit" and "ref_logp" in plan.reads
-    opened = plan.with_reference if compares else _as_it_is
-    for store in plan.stores:
-        opened(store)  # refused before any weight is loaded
+    if compares:
+        make_reference(plan, groups, on_leader(lambda: to_make(plan, plan.stores)))
     identity = _identity(plan, weights, compares=compares)
+    model = load_policy(plan, weights, groups)
     return Scorer(
-        model=load_policy(plan, weights, groups),
-        fill_reference=build_reference(plan, groups) if compares else without_reference,
+        model=model,
+        fill_reference=build_reference(plan, groups, policy=model) if compares else without_reference,
         function=policy_logps if config.score.what == "logp" else objective.implicit,
-        open=opened,
+        open=plan.with_reference if compares else _as_it_is,
         write=lambda store, values: write_column(store, name, values, identity=identity),
         suffix=f"column.{name}",
         path=weights.source.path,
@@ -202,6 +216,7 @@ def _identity(plan: Plan, weights: Weights, *, compares: bool) -> dict[str, str]
     return {
         "what": plan.config.score.what,
         "weights": weights.source.fingerprint(),
+        **({"adapter": adapters.fingerprint(plan.config.lora)} if weights.starting and plan.adapter else {}),
         **({"reference": plan.reference_fingerprint} if compares else {}),
         "precision": plan.precision,
         "method": plan.config.objective.method,

@@ -10,25 +10,29 @@ from typing import Any
 
 from rpo_megatron import config_io
 from rpo_megatron.config import RunConfig
+from rpo_megatron.data import sampler
 from rpo_megatron.data.loader import Loader
 from rpo_megatron.distributed import Groups, on_leader, start, stop
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import wrap
+from rpo_megatron.model.chunks import chunks_of
+from rpo_megatron.model.router import take_seen
 from rpo_megatron.model.source import newest_checkpoint, read_state
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.training import checkpoint, header
-from rpo_megatron.training.checkpoint import RunState
-from rpo_megatron.training.evaluate import Evaluation, build_evaluation, make_loader
+from rpo_megatron.training.evaluate import Evaluation, build_evaluation
 from rpo_megatron.training.forward import to_device
+from rpo_megatron.training.loaders import make_loader
 from rpo_megatron.training.metrics import Metrics, drop_records_after
 from rpo_megatron.training.optimizer import build_optimizer, learning_rate
 from rpo_megatron.training.policy import build_policy, load_start
 from rpo_megatron.training.profile import Profiler, build_profiler, check_profile
 from rpo_megatron.training.reference import Fill, build_reference
 from rpo_megatron.training.resolve import Plan, resolve
-from rpo_megatron.training.score import score_reference
-from rpo_megatron.training.sidecar import State, to_make
+from rpo_megatron.training.resume import RunState, trained
+from rpo_megatron.training.score import make_reference
+from rpo_megatron.training.sidecar import to_make
 from rpo_megatron.training.signals import STOPPED, StopSignals, Vote
 from rpo_megatron.training.step import GradientNorms, StepResult, gather_weights, overlaps, train_step
 
@@ -83,7 +87,8 @@ def train_loop(run: Run, signals: StopSignals) -> bool:
             norms.add(done, _train_step(run, step, lr=lr).grad_norm)
             if run.metrics.due(done):
                 with run.profiler.phase("logging"):
-                    run.metrics.log(done, lr=lr, grad_norm=norms.latest())
+                    seen_LX = take_seen(chunks_of(run.model))
+                    run.metrics.log(done, lr=lr, grad_norm=norms.latest(), seen_LX=seen_LX)
         with run.metrics.paused():
             run.profiler.report()
         stops = stop_vote(signals.received)
@@ -120,16 +125,15 @@ def build_run(plan: Plan, groups: Groups) -> Run:
     """All parts, the weights in place: drawn, read, or restored from the newest checkpoint of the run directory."""
     config = plan.config
     objective = objectives.build(config.objective)
-    missing = on_leader(lambda: to_make(plan))  # one that does not fit is refused before any weight is loaded
+    missing = on_leader(lambda: to_make(plan, plan.stores))  # what does not fit is refused before a weight is loaded
     resume_from = _open_run_dir(config)
     done = 0 if resume_from is None else read_state(resume_from)["step"]
     check_profile(config.profile, num_steps=_last_step(plan) - done)
     header.show(plan, groups, resume_from=resume_from)
-    if missing:
-        _make_reference(plan, groups, missing)
+    make_reference(plan, groups, missing)
     policy = build_policy(plan, groups, shape=plan.shape)
-    if resume_from is None:
-        load_start(policy, plan, groups)
+    if resume_from is None or plan.adapter is not None:
+        load_start(policy, plan, groups)  # of a run with an adapter the checkpoint holds only that
     model = wrap(policy, overlap=overlaps(config.parallel, groups), bucket_size=config.parallel.bucket_size)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
     first_step = 0
@@ -138,7 +142,7 @@ def build_run(plan: Plan, groups: Groups) -> Run:
         first_step = checkpoint.load(policy, optimizer, directory=resume_from, expected=fresh, groups=groups).step
     # A run that died before its first checkpoint leaves nothing to go on from, so nothing of its log is kept either.
     on_leader(lambda: _take_over(config, keep_until=-1 if resume_from is None else first_step))
-    reference = build_reference(plan, groups)
+    reference = build_reference(plan, groups, policy=policy)
     evaluation = None
     if config.evaluation.every:
         evaluation = build_evaluation(plan, groups, fill_reference=reference)
@@ -159,15 +163,6 @@ def build_run(plan: Plan, groups: Groups) -> Run:
 
 def _last_step(plan: Plan) -> int:
     return min(plan.num_steps, plan.config.train.stop_at or plan.num_steps)
-
-
-def _make_reference(plan: Plan, groups: Groups, missing: dict[str, State]) -> None:
-    """Score the stores that lack the stored reference, before there is a policy in memory."""
-    why = {"missing": "is missing", "outdated": "was made for tokens that are no longer there"}
-    if groups.leads:
-        for prefix, state in missing.items():
-            print(f"{prefix}.ref_logp {why[state]}: one pass over it with the reference comes first", flush=True)
-    score_reference(plan, groups, [store for store in plan.stores if store.prefix in missing])
 
 
 def _open_run_dir(config: RunConfig) -> Path | None:
@@ -202,6 +197,9 @@ def _run_state(plan: Plan, *, step: int) -> RunState:
         precision=plan.config.precision,
         data=plan.train_store.fingerprint,
         reference=reference,
+        base=plan.base,
+        order=sampler.fingerprint(len(plan.train_store), seed=plan.config.seed),
+        objective=trained(plan),
     )
 
 

@@ -218,6 +218,19 @@ def test_surplus_ranks_get_empty_rows() -> None:
     assert packed.balance.row_tokens == 16 + 16 + 8 + 8
 
 
+@fast
+@given(tokens=lengths, dp_size=st.integers(1, 3), least_rows=st.integers(1, 6))
+def test_least_rows(tokens: list[int], dp_size: int, least_rows: int) -> None:
+    """Fewer rows than an interleaved pipeline can run, more of them than it asks for, or one that is empty while
+    another could be divided."""
+    packed = pack(sizes(tokens), budget=4000, dp_size=dp_size, multiple=1, least_rows=least_rows)
+    without = pack(sizes(tokens), budget=4000, dp_size=dp_size, multiple=1)
+    assert {len(rows) for rows in packed.ranks} == {max(least_rows, len(without.ranks[0]))}
+    assert sorted(i for rows in packed.ranks for row in rows for i in row) == list(range(len(tokens)))
+    for rows in packed.ranks:
+        assert all(rows) or max(map(len, rows)) <= 1
+
+
 def test_balances_cost_not_tokens() -> None:
     """Balance by tokens alone: one long group costs as much as six short ones, though it has the tokens of four."""
     packed = pack(sizes([400, *[100] * 6], [60, *[10] * 6]), budget=1, dp_size=2, multiple=1, packing=False)

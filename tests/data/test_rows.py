@@ -46,6 +46,7 @@ def test_row_by_hand() -> None:
     assert row.ref_logp_GK.tolist() == [[-9.0, -10.0], [-9.0, 0.0]]
     assert (row.group_ids_G.tolist(), row.draw_G.tolist()) == ([7, 3], [0.25, 0.75])
     assert (row.has_padding, row.num_groups, row.num_real_tokens) == (True, 2, 11)
+    assert row.group_T.tolist() == [0, 0, 0, 0, -1, -1, 0, 1, 1, 1, 1, -1, -1, -1, -1, -1]
 
 
 def test_shared_row_by_hand() -> None:
@@ -68,6 +69,7 @@ def test_shared_row_by_hand() -> None:
     assert row.last_position_GK.tolist() == [[3, 4], [8, 0]]
     assert row.before_last_position_GK.tolist() == [[2, 1], [7, 0]]
     assert (row.num_groups, row.num_real_tokens) == (2, 11), "tokens as without sharing: throughputs compare"
+    assert row.group_T.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1]
 
 
 def test_full_row_has_no_padding_segment() -> None:
@@ -87,6 +89,7 @@ def test_empty_row(has_reward: bool, has_reference: bool) -> None:
     row = empty_row(multiple=4, has_reward=has_reward, has_reference=has_reference)
     assert row.segments_S.tolist() == [4]
     assert row.tokens_T.size == row.positions_T.size == 4
+    assert row.group_T.tolist() == [-1] * 4
     assert row.scored_position_N.size == row.scored_label_N.size == row.length_GK.sum() == 0
     assert (row.num_groups, row.num_real_tokens) == (0, 0)
     assert row.group_ids_G.tolist() == [-1]

@@ -11,13 +11,15 @@ from torch._dynamo.utils import counters
 
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
+from rpo_megatron.errors import UserError
 from rpo_megatron.model import triton_logprobs
-from rpo_megatron.model.attention import segment_attention
+from rpo_megatron.model.attention import ATTENTION, AttentionName, check_attention, segment_attention
 from rpo_megatron.model.flex import build_mask, flex_attention
 from rpo_megatron.model.logprobs import plain_logprobs
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.vocab import VocabShard
 from tests.model.test_flex import dense, sees
+from tests.model.test_hf import tiny_shape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,10 +71,11 @@ def test_logprobs_are_as_good_as_the_plain_path(num_rows: int, softcap: float | 
     assert not total_VH[20011:].any()
 
 
+@pytest.mark.parametrize("name", ["flex", "merged"])
 @pytest.mark.parametrize("num_groups", [2, 8])
-def test_flex_is_as_good_as_sdpa(num_groups: int) -> None:
-    """Catches blocks that the kernel skips or takes whole where it must not, and gradients of shared prompts that miss
-    a response: errors against fp64 of results and gradients, beside those of torch's attention per segment."""
+def test_is_as_good_as_sdpa(num_groups: int, name: AttentionName) -> None:
+    """Catches blocks that a kernel skips or takes whole where it must not, and gradients of shared prompts that miss a
+    response: errors against fp64 of results and gradients, beside those of torch's attention per segment."""
     torch.manual_seed(0)
     lengths, prompts = [300, 200, 1, 128, 77, 40], [-1, 0, 0, 0, -1, -1]
     num_tokens = sum(lengths)
@@ -84,12 +87,39 @@ def test_flex_is_as_good_as_sdpa(num_groups: int) -> None:
         output = attend(*leaves)  # type: ignore[operator]
         return [output, *torch.autograd.grad(output, leaves, grad.to(dtype))]
 
-    mask, segments = build_mask(lengths, prompts, device=GPU), Segments(lengths=lengths, prompts=prompts)
+    segments = Segments(lengths=lengths, prompts=prompts)
     visible_TT = sees(lengths, prompts).to(GPU)
     exact = results(lambda q, k, v: dense(q, k, v, visible_TT), torch.float64)
     sdpa = results(lambda q, k, v: segment_attention(q, k, v, segments, scale=1 / 8), torch.bfloat16)
-    flex = results(lambda q, k, v: flex_attention(q, k, v, mask, scale=1 / 8), torch.bfloat16)
-    for one, other in zip(errors(flex, exact), errors(sdpa, exact), strict=True):
+    found = results(lambda q, k, v: ATTENTION[name](q, k, v, segments, scale=1 / 8), torch.bfloat16)
+    for one, other in zip(errors(found, exact), errors(sdpa, exact), strict=True):
+        assert one <= 1.3 * other
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("num_groups", [2, 8])
+def test_te_is_as_good_as_sdpa(num_groups: int, window: int | None) -> None:
+    """Catches another mask, window, scale or layout of heads than we think Transformer Engine takes, and padding that
+    it leaves out: rows of unshared prompts that end in a segment of padding."""
+    try:
+        check_attention("te", tiny_shape(), device=GPU, dtype=torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    segments = Segments(lengths=[300, 1, 513, 128, 82], prompts=[-1] * 5)
+    shapes = [(1024, 1, heads, 64) for heads in (8, num_groups, num_groups, 8)]
+    *inputs, grad = (torch.randn(shape, device=GPU, dtype=torch.bfloat16) for shape in shapes)
+
+    def results(name: AttentionName, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+        rules = Segments(lengths=segments.lengths, prompts=segments.prompts)
+        output = ATTENTION[name](*leaves, rules, scale=1 / 8, window=window)
+        return [output, *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    exact = results("sdpa", torch.float64)
+    for one, other in zip(
+        errors(results("te", torch.bfloat16), exact), errors(results("sdpa", torch.bfloat16), exact), strict=True
+    ):
         assert one <= 1.3 * other
 
 

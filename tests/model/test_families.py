@@ -1,11 +1,13 @@
 """What each family's config.json means: windows, rotary bases, experts; both spellings, and the published sizes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rpo_megatron.errors import UserError
 from rpo_megatron.model.rope import RopeScaling
-from rpo_megatron.model.shape import Experts, num_parameters
+from rpo_megatron.model.shape import Experts, check_layout, num_parameters
 from tests.model.test_shape import LLAMA_31, QWEN_25, read
 
 GEMMA_3 = {
@@ -84,6 +86,44 @@ def test_experts(tmp_path: Path) -> None:
         assert experts == Experts(count=64, per_token=8, ffn_size=768, normalise=True, dense_layers=dense)
 
 
+QWEN_15_MOE = {
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_shared_expert(tmp_path: Path) -> None:
+    """Qwen/Qwen1.5-MoE-A2.7B: a shared expert of the routed ones' size, a gate that is not there, biases that the file
+    says are not there, a window on other layers than transformers'."""
+    shape = read(tmp_path, QWEN_15_MOE)
+    expected = Experts(count=60, per_token=4, ffn_size=1408, normalise=False, shared_ffn_size=5632, shared_gate=True)
+    assert (shape.experts, shape.qkv_bias, shape.sliding_window) == (expected, True, None)
+    assert read(tmp_path, QWEN_15_MOE, qkv_bias=False).qkv_bias is False
+    windows = read(tmp_path, QWEN_15_MOE, use_sliding_window=True)
+    assert [windows.window(layer) for layer in (0, 1, 20, 21, 22, 23)] == [32768, None, 32768, None, None, None]
+    with pytest.raises(UserError, match="5632 feed-forward columns of the shared expert"):
+        check_layout(replace(shape, num_heads=48, num_kv_heads=48, ffn_size=48), tensor=3, pipeline=1)
+
+
 def test_window_rules(tmp_path: Path) -> None:
     """A window applied although Qwen's switch is off, dropped although it is on, or applied to every layer where
     only the upper ones have it."""
@@ -112,6 +152,7 @@ def test_num_parameters_of_published_models(tmp_path: Path) -> None:
     qwen = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
     qwen |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}
     assert num_parameters(read(tmp_path, QWEN_25, **qwen)) == 30_532_122_624
+    assert num_parameters(read(tmp_path, QWEN_15_MOE)) == 14_315_784_192
     gemma2 = {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     gemma2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000, "hidden_act": ...}
     assert num_parameters(read(tmp_path, QWEN_25, **gemma2)) == 2_614_341_888

@@ -106,13 +106,13 @@ def test_loss_and_gradients_equal_plain_torch(tmp_path: Path, name: str) -> None
     loss = torch.stack(losses).mean()
     loss.backward()
     assert outcome.means["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    expected = _gradients(policy, tmp_path / "gradients")
+    expected = gradients_by_file_name(policy, tmp_path / "gradients")
     assert outcome.gradients.keys() == expected.keys()
     for key, gradient in expected.items():
         assert (outcome.gradients[key] - gradient).norm() < 3e-5 * gradient.norm(), key
 
 
-def _gradients(model: Any, directory: Path) -> dict[str, torch.Tensor]:
+def gradients_by_file_name(model: Any, directory: Path) -> dict[str, torch.Tensor]:
     """Saved as if they were the weights, which gives them the names that weights have in files."""
     for parameter in model.parameters():
         parameter.data = parameter.grad

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from rpo_megatron.config import Fp8Config, ParallelConfig
+from rpo_megatron.data.store import Store
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import transformer_config
-from rpo_megatron.model.precision import RECIPES, check_hardware, megatron_fields, row_alignment
+from rpo_megatron.model.precision import RECIPES, check_hardware, frozen, megatron_fields, row_alignment
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.training.resolve import resolve
 from tests import tiny
@@ -42,6 +43,16 @@ def test_rows_are_aligned(tmp_path: Path) -> None:
         assert plan.precision == ("bf16" if recipe == "none" else f"bf16 with fp8 {recipe}")
 
 
+def test_a_reference_has_no_memory(tmp_path: Path) -> None:
+    """Catches a reference whose log-probabilities depend on what it saw before, and a stored one that says so."""
+    tiny.write_model(tmp_path / "model")
+    store = tiny.write_store(tmp_path / "train", num_groups=4)
+    for recipe, of_reference in (("none", ""), ("delayed", " with fp8 tensorwise"), ("mxfp8", " with fp8 mxfp8")):
+        plan = resolve(tiny.run_config(tmp_path, f"fp8.recipe={recipe}", "precision=bf16"))
+        assert plan.reference_identity(Store.open(store))["precision"] == "bf16" + of_reference
+        assert frozen(plan.config.fp8).recipe == (recipe if recipe != "delayed" else "tensorwise")
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -52,6 +63,10 @@ def test_rows_are_aligned(tmp_path: Path) -> None:
         (
             ["fp8.recipe=mxfp8", "precision=bf16", "fp8.reference_weights=true", "reference.mode=stored"],
             "not used by reference.mode=stored",
+        ),
+        (
+            ["fp8.recipe=mxfp8", "precision=bf16", "fp8.reference_weights=true", "reference.offload=true"],
+            "choose one of the two",
         ),
         (["fp8.recipe=fp8"], "fp8.recipe"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpo_megatron.errors import UserError
@@ -18,6 +18,7 @@ from rpo_megatron.model.shape import (
     Experts,
     ModelShape,
     check_layout,
+    chunk_layers,
     num_parameters,
     padded_vocab,
     read_shape,
@@ -119,7 +120,8 @@ def test_agrees_with_transformers(tmp_path: Path, family: str, style: str) -> No
     transformers = pytest.importorskip("transformers")
     bare = {k: LLAMA_31[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")}
     bare |= {"vocab_size": 509, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "model_type": family}
-    bare |= {style: {"type": "linear", "factor": 2.0, "rope_theta": 7.0}, "max_window_layers": 0}
+    bare |= {style: {"type": "linear", "factor": 2.0, "rope_theta": 7.0}}
+    bare |= {"max_window_layers": 1 if family == "qwen2_moe" else 0}  # windows above it, or up to it
     for changes in ({}, {"use_sliding_window": True}, {"head_dim": 64, "num_key_value_heads": 4, "rope_theta": 3.0}):
         ours = read(tmp_path, bare, **changes)
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -130,13 +132,15 @@ def test_agrees_with_transformers(tmp_path: Path, family: str, style: str) -> No
             RopeScaling(kind="linear", factor=theirs.rope_parameters["factor"]),
         )
         assert ours.tied_embeddings == theirs.tie_word_embeddings
-        assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+        assert ours.sliding_window == (getattr(theirs, "sliding_window", None) or None)
         assert ours.rotary_dim == (head_dim // 2 if family == "nemotron" else None)
         assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
         assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
         if ours.experts is not None:
             count, chosen = ours.experts.count, ours.experts.per_token
-            assert (count, chosen) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+            their_count = getattr(theirs, "num_local_experts", None) or theirs.num_experts
+            assert (count, chosen) == (their_count, theirs.num_experts_per_tok)
+            assert ours.experts.shared_ffn_size == getattr(theirs, "shared_expert_intermediate_size", 0)
             assert ours.experts.normalise == getattr(theirs, "norm_topk_prob", True)
             assert ours.experts.ffn_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
 
@@ -286,6 +290,10 @@ def test_check_layout() -> None:
     with pytest.raises(UserError, match=r"parallel.tensor=16 does not divide .* 8 kv heads; nearest that works: 8$"):
         check_layout(LLAMA_31_SHAPE, tensor=16, pipeline=1)
     check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=5)  # stages need not be equal
+    with pytest.raises(
+        UserError, match=r"virtual=5 is more than the model's 32 layers; .* parallel.virtual .* most 4$"
+    ):
+        check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=8, virtual=5)
     with pytest.raises(UserError, match=r"parallel.pipeline=33 must be from 1 to the model's 32 layers$"):
         check_layout(LLAMA_31_SHAPE, tensor=1, pipeline=33)
     with pytest.raises(UserError, match=r"tensor=3 .* 32 heads, 8 kv heads, 14336 .*, 512 rows of the padded"):
@@ -330,6 +338,27 @@ def test_stage_layers_always_fit_megatron(layers: int, pipeline: int) -> None:
     assert sum(stages) == layers
     assert min(stages) > 0
     assert len(set(stages[1:-1])) <= 1
+
+
+@settings(deadline=None)
+@given(layers=st.integers(1, 130), pipeline=st.integers(2, 16), virtual=st.integers(2, 16))
+def test_chunks_are_even(layers: int, pipeline: int, virtual: int) -> None:
+    """A chunk without layers, layers that get lost, or a rank that holds more than it must; and of ranks that cannot
+    hold equally many, the last one, with its output layer, one of those with fewest."""
+    shape = replace(LLAMA_31_SHAPE, num_layers=layers)
+    if pipeline * virtual > layers:
+        with pytest.raises(UserError, match=f"parallel.pipeline={pipeline} "):
+            check_layout(shape, tensor=1, pipeline=pipeline, virtual=virtual)
+        return
+    check_layout(shape, tensor=1, pipeline=pipeline, virtual=virtual)
+    chunks = chunk_layers(shape, pipeline, virtual)
+    ranks = [sum(chunks[rank::pipeline]) for rank in range(pipeline)]
+    assert len(chunks) == pipeline * virtual
+    assert sum(chunks) == layers
+    assert max(chunks) - min(chunks) <= 1
+    assert min(chunks) > 0
+    assert max(ranks) - min(ranks) <= 1
+    assert ranks[-1] == min(ranks)
 
 
 def test_imports_no_torch() -> None:

@@ -56,10 +56,11 @@ def test_same_parameters_and_same_numbers(tmp_path: Path, name: str) -> None:
     stop()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize(("first", "second"), [("megatron", "transformer_engine"), ("transformer_engine", "megatron")])
-def test_checkpoints_are_exchangeable(tmp_path: Path, first: str, second: str) -> None:
+def test_checkpoints_are_exchangeable(tmp_path: Path, first: str, second: str, name: str) -> None:
     """Catches a checkpoint that only the layers that wrote it can read: a run that began without FP8 goes on in it."""
-    tiny.write_model(tmp_path / "model", **tiny.QWEN3)
+    tiny.write_model(tmp_path / "model", **tiny.FAMILIES[name])
     groups = start(ParallelConfig())
     writer = model_of(tmp_path / "model", first)
     for parameter in writer.parameters():

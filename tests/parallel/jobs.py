@@ -1,6 +1,9 @@
 """What the processes of the parallel tests do. The same functions run in one process to give the expected values."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from megatron.core.distributed import finalize_model_grads
 from rpo_megatron.config import RunConfig
 from rpo_megatron.distributed import Groups, gather_objects, start
 from rpo_megatron.model.build import wrap
+from rpo_megatron.model.chunks import chunks_of
+from rpo_megatron.model.router import take_seen
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.responses import Responses
@@ -23,6 +28,7 @@ from rpo_megatron.training.reference import build_reference
 from rpo_megatron.training.resolve import resolve
 from rpo_megatron.training.signals import StopSignals
 from rpo_megatron.training.train import build_run, train_loop
+from tests.model.te_stand_in import stand_in
 from tests.tiny import run_config
 
 
@@ -33,15 +39,17 @@ class Layout:
     sequence: bool = False
     context: int = 1
     expert: int = 1
+    virtual: int = 1
 
     def overrides(self) -> list[str]:
-        names = ("tensor", "pipeline", "context", "expert")
+        names = ("tensor", "pipeline", "context", "expert", "virtual")
         sequence = f"parallel.sequence={str(self.sequence).lower()}"
         return [*(f"parallel.{name}={getattr(self, name)}" for name in names), sequence]
 
     def __str__(self) -> str:
         context = f"cp{self.context}" * (self.context > 1) + f"ep{self.expert}" * (self.expert > 1)
-        return f"tp{self.tensor}pp{self.pipeline}{context}{'sp' if self.sequence else ''}"
+        virtual = f"v{self.virtual}" * (self.virtual > 1)
+        return f"tp{self.tensor}pp{self.pipeline}{virtual}{context}{'sp' if self.sequence else ''}"
 
 
 ONE = Layout()
@@ -57,11 +65,16 @@ class Outcome:
     """Group id -> summed log-probability of each response; of a reward model its value."""
     gradients: dict[str, torch.Tensor]
     """By Hugging Face name, whole; empty on all ranks but the first."""
+    messages: Counter[torch.dtype]
+    """That this rank exchanged with other pipeline stages, sent and received."""
+    row_lengths: list[int]
+    """Tokens of the rows that this rank reads."""
 
 
 def outcomes(data: str, cases: list[tuple[Layout, list[str]]]) -> list[Outcome]:
-    """The first global batch under each (layout, overrides)."""
-    return [_outcome(run_config(Path(data), *layout.overrides(), *overrides)) for layout, overrides in cases]
+    """The first global batch under each (layout, overrides), with stand-ins where Transformer Engine is asked for."""
+    with stand_in():
+        return [_outcome(run_config(Path(data), *layout.overrides(), *overrides)) for layout, overrides in cases]
 
 
 def _outcome(config: RunConfig) -> Outcome:
@@ -74,13 +87,38 @@ def _outcome(config: RunConfig) -> Outcome:
     _reduce_whole_gradients(policy)
     rows = make_loader(plan, plan.train_store, groups).step(0).rows
     batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
-    logps = _by_group(rows, run_responses(model, batches, _number), groups)
-    model.zero_grad_buffer()
-    stats = run_objective(model, batches, objectives.build(config.objective), train=True)
-    means = Reducer(groups)(stats).means
+    with _messages() as messages:
+        logps = by_group(rows, run_responses(model, batches, number), groups)
+        model.zero_grad_buffer()
+        stats = run_objective(model, batches, objectives.build(config.objective), train=True)
+    means = Reducer(groups)(stats, seen_LX=take_seen(chunks_of(model))).means
     gradients = _gradients(policy, groups)
     _, grad_norm, _ = optimizer.step()
-    return Outcome(means=means, grad_norm=float(grad_norm), logps=logps, gradients=gradients)
+    return Outcome(
+        means=means,
+        grad_norm=float(grad_norm),
+        logps=logps,
+        gradients=gradients,
+        messages=messages,
+        row_lengths=[row.tokens_T.size for row in rows],
+    )
+
+
+@contextmanager
+def _messages() -> Iterator[Counter[torch.dtype]]:
+    """Counts the tensors that go between pipeline stages meanwhile."""
+    counts: Counter[torch.dtype] = Counter()
+    exchange = torch.distributed.batch_isend_irecv
+
+    def counting(operations: list[Any]) -> Any:
+        counts.update(operation.tensor.dtype for operation in operations)
+        return exchange(operations)
+
+    torch.distributed.batch_isend_irecv = counting
+    try:
+        yield counts
+    finally:
+        torch.distributed.batch_isend_irecv = exchange
 
 
 def kept_for_backward(data: str, overrides: list[str]) -> int:
@@ -105,7 +143,7 @@ def kept_for_backward(data: str, overrides: list[str]) -> int:
     return sum(kept.values())
 
 
-def _number(responses: Responses) -> torch.Tensor:
+def number(responses: Responses) -> torch.Tensor:
     return responses.logp_GK if responses.value_GK is None else responses.value_GK
 
 
@@ -116,7 +154,7 @@ def _reduce_whole_gradients(policy: Any) -> None:
     )
 
 
-def _by_group(rows: list[Any], logps: list[torch.Tensor], groups: Groups) -> dict[int, list[float]]:
+def by_group(rows: list[Any], logps: list[torch.Tensor], groups: Groups) -> dict[int, list[float]]:
     mine = {}
     for row, logp_GK in zip(rows, logps, strict=True) if groups.speaks_for_data else ():
         for g, group_id in enumerate(row.group_ids_G):
@@ -164,7 +202,7 @@ def _score_block(config: RunConfig, count: int) -> Scored:
         if batch.valid_GK.any() and groups.speaks_for_data
     ]
     log_ratio = max(max(part, default=0.0) for part in gather_objects(largest))
-    return Scored(logps=_by_group(rows, logps, groups), largest_log_ratio=log_ratio)
+    return Scored(logps=by_group(rows, logps, groups), largest_log_ratio=log_ratio)
 
 
 def train_losses(configs: list[RunConfig]) -> dict[str, list[float]]:

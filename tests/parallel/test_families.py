@@ -32,6 +32,9 @@ CASES = [
     *((name, CP_PP) for name in ("gemma2", "gemma3_text", "qwen3_moe")),
     *((name, DP) for name in ("mixtral", "qwen3_moe")),
     *((name, layout) for name in ("mixtral", "qwen3_moe") for layout in EXPERTS),
+    *(("qwen2_moe", layout) for layout in (CP_PP, EXPERTS[-1])),
+    *(("grouped experts", layout) for layout in (BOTH_SP, EXPERTS[-1])),
+    *(("router losses", layout) for layout in (BOTH_SP, *EXPERTS[-2:])),
 ]
 
 
@@ -39,9 +42,12 @@ CASES = [
 def test_every_family_equals_one_process(tmp_path: Path) -> None:
     """Catches weights of a norm, an expert or a router whose gradient is not summed over the tensor ranks, a fused
     tensor cut in the wrong place, a window or rotary base that goes by the layer's number in its stage, experts of a
-    replica whose gradients stay there."""
+    replica whose gradients stay there, a balance of experts over a part of a row. Grouped experts are stand-ins for
+    Transformer Engine's (tests/model/te_stand_in.py)."""
     tiny.write_store(tmp_path / "train", num_groups=12)
     overrides = {name: _write(tmp_path, name) for name in tiny.FAMILIES}
+    overrides["router losses"] = [*overrides["mixtral"], "moe.aux_loss=0.5", "moe.z_loss=0.1"]
+    overrides["grouped experts"] = [*overrides["qwen2_moe"], "kernels.layers=transformer_engine"]
     alone = jobs.outcomes(str(tmp_path), [(ONE, own) for own in overrides.values()])
     expected = dict(zip(overrides, alone, strict=True))
     stop()
@@ -64,7 +70,7 @@ def test_families_come_back_bit_for_bit(tmp_path: Path) -> None:
     """Catches a checkpoint in which layers with and without experts overwrite each other, or an export that puts the
     parts of a fused tensor or an expert together wrongly: imported in one process, exported by four, the files must be
     those of the start."""
-    names = ["qwen3_moe", "phi3", "nemotron", "gemma3_text"]
+    names = ["qwen3_moe", "qwen2_moe", "phi3", "nemotron", "gemma3_text"]
     for name in names:
         tiny.write_model(tmp_path / name, **tiny.FAMILIES[name])
         saved = str(tmp_path / f"{name}-checkpoint")
@@ -76,7 +82,7 @@ def test_families_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize(("name", "expert"), [("qwen3_moe", 1), ("qwen3_moe", 2), ("gemma3_text", 1)])
+@pytest.mark.parametrize(("name", "expert"), [("qwen3_moe", 1), ("qwen2_moe", 2), ("gemma3_text", 1)])
 def test_training_goes_on_in_another_layout(tmp_path: Path, name: str, expert: int) -> None:
     """Catches moments of experts, routers or norms after a sublayer that a checkpoint loses or mixes up, and a reward
     model of such a family that transformers scores otherwise."""

@@ -11,8 +11,12 @@ import torch
 
 from rpo_megatron.config import KernelsConfig, ParallelConfig
 from rpo_megatron.distributed import Groups, start, stop
+from rpo_megatron.model.adapter import Adapter, possible_targets
 from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.build import build
+from rpo_megatron.model.logprobs import KEEP_MIB
+from rpo_megatron.model.lora import attach
+from rpo_megatron.model.products import PIECE_BYTES
 from rpo_megatron.model.row import Row, Segments
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.model.vocab import TILE_BYTES
@@ -44,7 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
     },
 }
-WITHIN = {"llama": 0.01, "qwen3": 0.01, "qwen3_moe": 0.05}
+FAMILIES["qwen2_moe"] = {**FAMILIES["qwen3_moe"], "model_type": "qwen2_moe", "shared_expert_intermediate_size": 96}
+WITHIN = {"llama": 0.01, "qwen3": 0.01, "qwen3_moe": 0.05, "qwen2_moe": 0.05}
 
 
 @pytest.fixture
@@ -91,6 +96,8 @@ def saved_bytes(
         kernels=KernelsConfig(attention=attention),
         recompute=recompute,
     )
+    if model.adapter is not None:
+        attach(built, model.adapter)
     for parameter in built.parameters():
         parameter.data.normal_(0, 0.02)
     weights = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
@@ -114,6 +121,7 @@ def saved_bytes(
         *(("llama", attention, share) for attention in ("merged", "sdpa") for share in (True, False)),
         ("qwen3", "merged", True),
         ("qwen3_moe", "merged", True),
+        ("qwen2_moe", "merged", True),
     ],
 )
 def test_kept_for_backward(
@@ -155,6 +163,25 @@ def test_kept_for_backward(
     assert terms["attention"] + terms["activations"] == pytest.approx(measured[1], rel=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kept_with_an_adapter(tmp_path: Path, groups: Groups, precision: Literal["fp32", "bf16"]) -> None:
+    """Catches inputs that a frozen matrix keeps beside its adapter, and what the adapter keeps for itself."""
+    row = packed_row(share=True)
+    models = [tiny_model(tmp_path, num_hidden_layers=layers) for layers in (1, 2)]
+    adapter = Adapter(rank=8, alpha=8, targets=possible_targets(models[0].shape))
+    models = [replace(model, adapter=adapter) for model in models]
+    one, two = (saved_bytes(model, row, groups, precision=precision, attention="merged") for model in models)
+    setting = Setting(
+        model=models[1],
+        precision=precision,
+        reference="base",
+        kernels=CPU,
+        row=memory.Row(tokens=row.tokens_1T.numel(), scored=SCORED),
+        microbatches=1,
+    )
+    assert Kept.of(setting, Layout()).largest == pytest.approx(two - one, rel=0.02)
+
+
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 def test_kept_with_recomputation(tmp_path: Path, groups: Groups, recompute: Recompute) -> None:
     """Catches a layer that keeps what is computed again, or the planner counting it."""
@@ -179,5 +206,7 @@ def test_kept_with_recomputation(tmp_path: Path, groups: Groups, recompute: Reco
 def test_planned_kernels_are_those_of_the_program() -> None:
     """Catches a plan for GPUs that assumes other tiles or another attention than the program uses on them."""
     assert TILE_BYTES["cuda"] == memory.TILE_BYTES
+    assert PIECE_BYTES["cuda"] == memory.PIECE_BYTES
+    assert {device: mib * 2**20 for device, mib in KEEP_MIB.items()} == memory.KEPT_LOGITS
     assert GPU.joined_keys == (choose_attention("auto", torch.device("cuda")) == "sdpa")
     assert CPU.joined_keys == (choose_attention("auto", torch.device("cpu")) == "sdpa")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +94,7 @@ def test_layers_without_experts(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, **FAMILIES["qwen3_moe"])
     assert layers_of(model, 2, 0) == Layers(dense=1, expert=1)
     assert layers_of(model, 2, 1) == Layers(dense=0, expert=2)
+    assert layers_of(replace(model, shape=replace(model.shape, num_layers=8)), 2, 0, 2) == Layers(dense=1, expert=3)
     held = sum(rank_numbers(model, Layout(pipeline=2), stage).total for stage in (0, 1))
     assert held == num_parameters(model.shape) + 2 * (256 - 131) * 32
 
@@ -101,14 +103,20 @@ EVEN = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, 
 """Sizes that are all multiples of 128: megatron's buffers need no padding."""
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "qwen3_moe", "qwen2_moe"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bytes_of_megatrons_buffers(
     tmp_path: Path, groups: Groups, family: str, precision: Literal["fp32", "bf16"]
 ) -> None:
     """Weights, gradients and optimizer states of a real model under DDP and the distributed optimizer, to the byte;
     catches another precision, a tensor that is not counted, or a state that the planner does not know."""
-    even = {**FAMILIES[family], **EVEN, "moe_intermediate_size": 128, "head_dim": 128 if family == "qwen3" else 64}
+    even = {
+        **FAMILIES[family],
+        **EVEN,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "head_dim": 128 if family == "qwen3" else 64,
+    }
     model = tiny_model(tmp_path, **even)
     ddp = wrap(build(model.shape, precision=precision, sequence_parallel=False, groups=groups))
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), ddp, precision)

@@ -30,13 +30,16 @@ def question(name: str, gpus: int, *, per_node: int = 8) -> Question:
 
 
 def test_what_is_tried() -> None:
-    """Every split of 8 GPUs over 32 heads, 8 kv heads and 32 layers; no sequence parallelism without tensor ranks; of
-    the rows shorter than a group (2,048) one stands for all."""
+    """Every split of 8 GPUs over 32 heads, 8 kv heads and 32 layers, in equal chunks; no sequence parallelism without
+    tensor ranks; of the rows shorter than a group (2,048) one stands for all."""
     tried = list(candidates(question("llama-3.1-8b", 8)))
     splits = {(one.tensor, one.pipeline, one.data) for one in tried}
     assert splits == {(t, p, 8 // t // p) for t in (1, 2, 4, 8) for p in divisors(8 // t)}
     assert not [one for one in tried if one.sequence and one.tensor == 1]
     assert {one.tokens_per_microbatch for one in tried} == {2048, 4096, 8192, 16384, 32768, 65536}
+    assert {one.virtual for one in tried if one.pipeline == 4} == {1, 2, 4, 8}
+    assert {one.virtual for one in tried if one.pipeline == 8} == {1, 2, 4}
+    assert {one.virtual for one in tried if one.pipeline == 1} == {1}
     long = question("llama-3.1-8b", 8)
     long = replace(long, timing=replace(long.timing, work=replace(long.timing.work, tokens=9000.0)))
     assert {one.tokens_per_microbatch for one in candidates(long)} == {8192, 16384, 32768, 65536}

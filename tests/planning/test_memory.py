@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from rpo_megatron.model.adapter import Adapter, possible_targets
 from rpo_megatron.planning.layout import Layout
 from rpo_megatron.planning.memory import (
     CONTEXT_BYTES,
@@ -45,6 +46,8 @@ def test_states() -> None:
     fp32 = stage_memory(replace(SETTING, precision="fp32", reference="stored"), Layout(data=8), 0)
     assert fp32["weights"] == fp32["gradients"] == 4 * 8_030_261_248  # whose own weights are the master weights
     assert fp32["optimizer"] == 8_030_261_248
+    offloaded = replace(SETTING, offloaded_moments=True)
+    assert stage_memory(offloaded, Layout(data=8), 0)["optimizer"] == 4 * 8_030_261_248 / 8
     assert fp32["reference"] == 0
 
 
@@ -77,6 +80,16 @@ def test_micro_batches_in_flight(stage: int, microbatches: int, in_flight: int) 
     assert memory["attention"] == 8 * in_flight * TOKENS * (ATTENTION + ROTARY)
 
 
+@pytest.mark.parametrize(
+    ("stage", "microbatches", "passes"), [(0, 8, 2 * 3 + 4 + 1), (3, 8, 4 + 1), (0, 5, 10), (0, 4, 8)]
+)
+def test_interleaved_micro_batches_in_flight(stage: int, microbatches: int, passes: int) -> None:
+    """Two chunks of 4 layers on each of 4 stages: 2 passes for each stage that follows, a turn of 4 rows with the first
+    chunk, and one pass; where there are no more, all passes of all rows."""
+    memory = stage_memory(replace(SETTING, microbatches=microbatches), Layout(pipeline=4, virtual=2), stage)
+    assert memory["attention"] == 4 * passes * TOKENS * (ATTENTION + ROTARY)
+
+
 def test_recompute_keeps_inputs_only() -> None:
     """A layer's input, 8,192 bytes per token, for each of 32 layers; one layer whole in the moment of its backward."""
     kept, ends = Kept.of(SETTING, Layout()), 8 * TOKENS + TOKENS * (8192 + 4) + 600 * (8192 + 28)
@@ -94,14 +107,6 @@ def test_overhead() -> None:
     memory = stage_memory(SETTING, Layout(tensor=2, data=4), 0)
     activations = memory["attention"] + memory["activations"]
     assert memory["overhead"] == pytest.approx(CONTEXT_BYTES + 2 * 2**28 + 0.05 * activations)
-
-
-def test_room_of_the_update() -> None:
-    """Adam in plain torch has 4 bytes per number of its shard more, where the step leaves less room than that."""
-    tiny = replace(SETTING, row=Row(tokens=1, scored=1))
-    memory = stage_memory(tiny, Layout(recompute="full"), 0)
-    activations = memory["attention"] + memory["activations"] + memory["head"]
-    assert memory["working"] + activations == pytest.approx(4 * 8_030_261_248)
 
 
 def test_offloaded_reference_takes_what_the_step_leaves() -> None:
@@ -138,6 +143,18 @@ def test_head_does_not_grow_with_the_vocabulary() -> None:
     assert ours == theirs  # both have hidden size 4096
 
 
+def test_kept_logits() -> None:
+    """As many as are allowed, but no more than there are: 600 rows of 128,256 words (which need no padding for two
+    tensor ranks) in 2 bytes."""
+    none, some, all_of_them, split = (
+        stage_memory(replace(SETTING, kernels=replace(SETTING.kernels, kept_logits=kept)), layout, 0)["head"]
+        for kept, layout in ((0, Layout()), (10**8, Layout()), (10**9, Layout()), (10**9, Layout(tensor=2)))
+    )
+    assert some - none == 10**8
+    assert all_of_them - none == 600 * 128_256 * 2
+    assert split - none == 600 * 128_256
+
+
 def test_worst_stage_of_a_pipeline() -> None:
     """The first, which has the most micro-batches in flight."""
     stage, memory = worst_stage(replace(SETTING, row=Row(tokens=16_384, scored=8192)), Layout(pipeline=4))
@@ -153,3 +170,28 @@ def test_checkpoint() -> None:
     assert one.disk == 14 * 8_030_261_248
     assert one.host == 12 * 8_030_261_248
     assert checkpoint_bytes(SETTING.model, Layout(tensor=2, pipeline=2), "bf16").host < 12 * 8_030_261_248 / 3.9
+
+
+def test_adapter() -> None:
+    """Rank 16 on all matrices: 16 x (in + out) numbers of each have gradients, masters and moments; the weights have
+    none, and there is no second model. On two tensor ranks the B of columns and the A of rows are split, the others are
+    whole. Catches states that are counted for what is frozen."""
+    shape = SETTING.model.shape
+    adapter = Adapter(rank=16, alpha=16, targets=possible_targets(shape))
+    setting = replace(SETTING, reference="base", model=replace(SETTING.model, adapter=adapter))
+    trained = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    memory, plain = stage_memory(setting, Layout(data=8), 0), stage_memory(SETTING, Layout(data=8), 0)
+    assert memory["weights"] == 2 * (8_030_261_248 + trained)
+    assert memory["gradients"] == 4 * trained
+    assert memory["optimizer"] == 12 * trained / 8
+    assert memory["reference"] == 0
+    assert plain["working"] - memory["working"] == 2 * 2 * 14336 * 4096  # the gradient of the largest matrix
+    spread_out = 3 * 16 * 6144 + 2 * 16 * 28672  # of query, key and value, and of gate and up
+    assert memory["activations"] - plain["activations"] == 32 * 2 * (TOKENS * 7 * 16 + spread_out)
+    split = 4096 + 1024 + 1024 + 14336 + 14336 + 4096 + 14336  # out of q, k, v, gate, up; in of o and down
+    whole = 5 * 4096 + 2 * 4096
+    assert trained == 32 * 16 * (split + whole)
+    assert stage_memory(setting, Layout(tensor=2), 0)["gradients"] == 4 * 32 * 16 * (split / 2 + whole)
+    assert checkpoint_bytes(setting.model, Layout(data=8), "bf16").disk == 14 * trained
+    reward = replace(setting.model, shape=replace(shape, head="value"))
+    assert stage_memory(replace(setting, model=reward), Layout(), 0)["gradients"] == 4 * (trained + 4096)

@@ -103,6 +103,17 @@ def test_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "parallel.expert=" in text
 
 
+def test_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same of chunks of layers: in what is found, and of a run's own."""
+    text = plan(capsys, "model=llama-3.1-70b", "gpu=H100", "gpus=512", "groups_per_step=1024", "recompute=none")
+    assert " virtual 4" in text
+    assert "parallel.pipeline=4 parallel.virtual=4 " in text
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(run_config(tmp_path, "parallel.pipeline=2", "parallel.virtual=2")))
+    own = plan(capsys, str(file), "gpu=H100", "gpus=2").split("the run's own layout")[1].splitlines()[2]
+    assert own.endswith(" virtual 2")
+
+
 def test_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a run, or asked for; not on a GPU without it."""
     file = tmp_path / "run.yaml"
@@ -114,6 +125,23 @@ def test_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("model=llama-3.1-8b", "gpu=H100", "gpus=8", "reference=resident_fp8")
     assert "plan with fp8=true" in refused(capsys, *words)
     assert "FP8 matrices 1.6 times as fast" in plan(capsys, *words, "fp8=true")
+
+
+def test_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run, or asked for, or taken back: with it the policy is its own reference, unless there is another."""
+    file, other = tmp_path / "run.yaml", f"reference.path={tmp_path / 'model'}"
+    for words, asked, reference in (
+        (["lora.rank=2"], [], "base"),
+        ([], ["lora_rank=2"], "base"),
+        (["lora.rank=2", other], [], "resident"),
+        (["lora.rank=2"], ["lora_rank=0"], "resident"),
+    ):
+        file.write_text(dump(run_config(tmp_path, *words)))
+        text = plan(capsys, str(file), "gpu=H100", "gpus=1", *asked)
+        assert f"reference: {reference}\n" in text, words
+        assert ("the others frozen" in text) == (asked != ["lora_rank=0"]), words
+    assert "rank 16: 41.9 million" in plan(capsys, "model=llama-3.1-8b", "gpu=H100", "gpus=1", "lora_rank=16")
+    assert "give lora_rank" in refused(capsys, "model=llama-3.1-8b", "gpu=H100", "gpus=1", "reference=base")
 
 
 def test_run_without_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,3 +161,6 @@ def test_kernels_of_a_run(tmp_path: Path) -> None:
         file.write_text(dump(run_config(tmp_path, f"kernels.attention={name}")))
         asked = ask(PlanConfig(gpu="H100", gpus=1, run=str(file)))
         assert asked.question.kernels.joined_keys == joined
+        assert not asked.question.timing.offloaded_moments
+    file.write_text(dump(run_config(tmp_path, "optimizer.offload=true")))
+    assert ask(PlanConfig(gpu="H100", gpus=1, run=str(file))).question.timing.offloaded_moments

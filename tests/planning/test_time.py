@@ -64,13 +64,16 @@ def test_experts_compute_the_tokens_that_chose_them() -> None:
 
 def test_share_of_the_busiest_rank() -> None:
     """64 groups of 3,072 tokens over 3 ranks: 22 groups, 67,584 tokens, 9 rows of at most 8,192 tokens; with more ranks
-    than groups one group each, and with rows shorter than a group as many rows as groups."""
+    than groups one group each, and with rows shorter than a group as many rows as groups; interleaved as many as
+    stages at least, of which some are empty."""
     share = Share.of(WORK, Layout(data=3, tokens_per_microbatch=8192), groups_per_step=64)
     assert (share.groups, share.microbatches) == (22, 9)
     assert share.row.tokens == pytest.approx(67_584 / 9)
     assert share.row.repeated == pytest.approx(22 * 6144 / 9)
     assert Share.of(WORK, Layout(data=128), groups_per_step=64).groups == 1
     assert Share.of(WORK, Layout(tokens_per_microbatch=100), groups_per_step=64).microbatches == 64
+    interleaved = Share.of(WORK, Layout(data=64, pipeline=4, virtual=2), groups_per_step=64)
+    assert (interleaved.groups, interleaved.microbatches, interleaved.row.tokens) == (1, 4, 3072 / 4)
 
 
 def test_one_gpu_is_flops_and_weights() -> None:
@@ -107,14 +110,18 @@ def test_reference_is_a_forward_pass() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(pipeline=st.sampled_from([2, 4, 8]), rows=st.integers(1, 32))
-def test_bubble(pipeline: int, rows: int) -> None:
-    """With equal stages (no output layer to speak of) the share that is lost is (p - 1) / (m + p - 1)."""
+@given(pipeline=st.sampled_from([2, 4, 8]), rows=st.integers(1, 32), virtual=st.sampled_from([1, 2, 4]))
+def test_bubble(pipeline: int, rows: int, virtual: int) -> None:
+    """With equal stages (no output layer to speak of) the share that is lost is (p - 1) / (m + p - 1); with v chunks on
+    each, and a row for each stage at least, (p - 1) / (v m + p - 1)."""
     work = replace(WORK, scored=1e-9)
     timing = replace(TIMING, work=work, groups_per_step=rows, cluster=Cluster(gpu=GPUS["H100"], gpus=8, per_node=8))
-    phases = step_time(timing, Layout(pipeline=pipeline, tokens_per_microbatch=1)).phases
+    phases = step_time(timing, Layout(pipeline=pipeline, virtual=virtual, tokens_per_microbatch=1)).phases
     lost = phases["bubble"] / (phases["bubble"] + phases["policy"])
-    assert lost == pytest.approx((pipeline - 1) / (rows + pipeline - 1), rel=0.05)  # vocabularies' way through memory
+    if rows < pipeline and virtual > 1:
+        return
+    expected = (pipeline - 1) / (virtual * rows + pipeline - 1)
+    assert lost == pytest.approx(expected, rel=0.05)  # vocabularies' way through memory
 
 
 def test_bytes_of_a_row() -> None:
@@ -128,6 +135,8 @@ def test_bytes_of_a_row() -> None:
     staged = volumes(MODEL, Layout(tensor=4, pipeline=2, sequence=True), Row(tokens=1000, scored=1), width=2)
     assert staged.neighbour == hidden / 4
     assert volumes(MODEL, Layout(tensor=4, pipeline=2), Row(tokens=1000, scored=1), width=2).neighbour == hidden
+    interleaved = Layout(tensor=4, pipeline=2, virtual=4)
+    assert volumes(MODEL, interleaved, Row(tokens=1000, scored=1), width=2).neighbour == 4 * hidden
     assert staged.tensor == volume.tensor / 2
     split = volumes(MODEL, Layout(context=2), Row(tokens=1000, scored=1), width=2)
     assert split.context == 32 * 1 / 2 * 500 * 2 * (2 * 4096 + 2 * 1024)

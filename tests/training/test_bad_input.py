@@ -44,7 +44,10 @@ def trained(tmp_path: Path) -> Path:
         ("data.source_column=foreign", ["data.source_column", "not used", "rpo_bwd"]),
         ("evaluation.every=1", ["evaluation.every", "data.valid"]),
         ("parallel.sequence=true", ["parallel.sequence", "parallel.tensor > 1"]),
+        ("parallel.virtual=2", ["parallel.virtual", "parallel.pipeline > 1"]),
+        ("parallel.virtual=0", ["parallel.virtual must be positive"]),
         ("parallel.bucket_size=0", ["parallel.bucket_size", "positive"]),
+        ("kernels.keep_logits_mib=-1", ["kernels.keep_logits_mib", "not negative"]),
         ("profile.steps=-1", ["profile.steps", "not negative"]),
         ("profile.steps=1", ["profile.skip=2", "profile.steps=1", "4 steps", "3 to go"]),
     ],
@@ -61,6 +64,9 @@ def test_knobs_that_only_work_without_each_other(fails: Rpo) -> None:
     message = fails("train", "reference.offload=true", "reference.mode=stored")
     assert "reference.offload is not used: reference.mode=stored" in message
     assert "parallel.bucket_size is not used" in fails("train", "parallel.bucket_size=9", "parallel.overlap=false")
+    assert "not used by kernels.logprobs=triton" in fails(
+        "train", "kernels.keep_logits_mib=9", "kernels.logprobs=triton"
+    )
     assert "2 steps; this run has 1 to go" in fails("train", "profile.steps=1", "profile.skip=0", "train.stop_at=1")
 
 

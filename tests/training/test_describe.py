@@ -50,6 +50,23 @@ def test_rewards(directory: Path, words: list[str], expected: str) -> None:
     assert describe.rewards(resolve(tiny.run_config(directory, *words))) == expected
 
 
+def test_chunks_of_layers(directory: Path) -> None:
+    """Catches an interleaved pipeline that reads like a plain one."""
+    plain, interleaved = ["parallel.pipeline=2"], ["parallel.pipeline=2", "parallel.virtual=2"]
+    assert describe.stages(resolve(tiny.run_config(directory, *plain))) == "2+2 layers"
+    assert describe.stages(resolve(tiny.run_config(directory, *interleaved))) == "1+1+1+1 layers, 2 chunks on each"
+
+
+def test_experts(tmp_path: Path) -> None:
+    """Catches a loss of the routers that is added and not said, layers without experts that count as such."""
+    tiny.write_model(tmp_path / "model", **tiny.FAMILIES["qwen2_moe"])
+    start = "2 of 4 for a token, and a shared one, in 3 layers; losses of their routers: "
+    plan = resolve(tiny.run_config(tmp_path))
+    assert describe.experts(plan) == start + "none, the objective alone trains them"
+    plan = resolve(tiny.run_config(tmp_path, "moe.aux_loss=0.001"))
+    assert describe.experts(plan) == start + "aux_loss 0.001"
+
+
 def test_head_and_reference(directory: Path) -> None:
     """Catches a reward model that looks like a policy, and a reference that is loaded without a word what for."""
     policy = resolve(tiny.run_config(directory))

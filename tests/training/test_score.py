@@ -97,7 +97,6 @@ def test_what_cannot_be_scored(tmp_path: Path, rpo: Rpo, fails: Rpo) -> None:
     assert "score.column is not used" in fails("score", "score.column=x")
     assert "score.checkpoint is not used" in fails("score", "score.checkpoint=start")
     assert not list(tmp_path.glob("*.column.*"))
-    assert "rpo score" in fails("score", "--with", "implicit", "score.checkpoint=start", "reference.mode=stored")
 
 
 def test_an_exported_reward_model_scores_the_same(tmp_path: Path, rpo: Rpo) -> None:

@@ -46,6 +46,27 @@ def test_missing_is_made_and_then_used(tmp_path: Path, rpo: Rpo, monkeypatch: py
     assert not list(tmp_path.glob("*.lock"))
 
 
+def test_whoever_reads_it_makes_it(tmp_path: Path, rpo: Rpo) -> None:
+    """Catches a verb that sends the user away for what another verb does by itself, makes more than it reads, or gives
+    other numbers than with the reference in memory."""
+    tiny.write_store(tmp_path / "valid", num_groups=5, seed=2)
+    tiny.write_model(tmp_path / "other", seed=1)
+    words = [f"reference.path={tmp_path / 'other'}", "evaluation.checkpoint=start", "score.checkpoint=start"]
+    resident = rpo("eval", *words), implicit(tmp_path, rpo, *words)
+    evaluated = rpo("eval", STORED, *words)
+    assert evaluated.count(COMES_FIRST) == 1  # of the held-out store alone
+    assert not (tmp_path / "train.ref_logp.bin").exists()
+    assert COMES_FIRST not in rpo("eval", STORED, *words)
+    assert evaluated.splitlines()[-2] == resident[0].splitlines()[-2]
+    assert implicit(tmp_path, rpo, STORED, *words) == resident[1]
+    assert (tmp_path / "train.ref_logp.bin").exists()
+
+
+def implicit(directory: Path, rpo: Rpo, *words: str) -> list[bytes]:
+    rpo("score", "--with", "implicit", *words)
+    return [(directory / f"{name}.column.implicit.bin").read_bytes() for name in ("train", "valid")]
+
+
 def test_outdated_is_made_again(tmp_path: Path, rpo: Rpo) -> None:
     """Catches a run that stops over numbers for tokens that no longer exist, or reads them."""
     rpo("score")

@@ -1,20 +1,22 @@
 """Whole training steps on one GPU, optimizer included: tokens per second, TFLOP/s, MFU, peak memory. NOT YET RUN there:
 it was written where there was none.
 
-    python -m tools.bench.gpu_step [OUTPUT.json] [--model 1b|8b-slice|tiny] [--responses 4] [--steps 6]
+    python -m tools.bench.gpu_step [--model 1b|8b-slice] [--responses 4] [--steps 5] [--results FILE.jsonl] [--tiny]
 
-Random weights; groups of a prompt of 1,024 tokens and K responses of 512 (`tiny`: of 64 and 32, on any machine, to see
-it run). TFLOP/s count what is computed: layers on every token, attention on the pairs that see one another, the output
-layer on scored tokens, three times for the policy (four where its logits are made again) and once for a resident
-reference. MFU is against the fastest matrix multiplication of this GPU, measured first; `real tok/s` counts every
-response with its prompt, as if nothing were shared. A variant that this machine cannot run is listed with the reason.
+Random weights; groups of a prompt of 1,024 tokens and K responses of 512, packed into rows of up to 16,384 tokens, as
+many as fill two rows with shared prompts (`--tiny`: a model and groups for any machine, to see it run). TFLOP/s count
+what is computed: layers on every token, attention on the pairs that see one another, the output layer on scored tokens,
+three times for the policy (four where its logits are made again) and once for a resident reference. MFU is against the
+fastest matrix multiplication of this GPU, measured first; `real tok/s` counts every response with its prompt, as if
+nothing were shared; `syncs` are the places where the host waits for the GPU in a step. `reference GiB` is what a
+resident reference adds. A variant that this machine cannot run is listed with the reason.
 """
 
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,154 +25,169 @@ import numpy as np
 import torch
 
 from rpo_megatron.config import Fp8Config, KernelsConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from rpo_megatron.data.microbatch import MicroBatch
 from rpo_megatron.data.rows import build_row
 from rpo_megatron.data.store import Group
 from rpo_megatron.distributed import Groups, start, stop
-from rpo_megatron.model.build import ScoringModel, build, wrap
-from rpo_megatron.model.precision import check_hardware, row_alignment
+from rpo_megatron.model.build import build, wrap
+from rpo_megatron.model.precision import check_hardware, frozen, row_alignment
 from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, read_shape
-from rpo_megatron.model.weights import load_random
 from rpo_megatron.objectives import objective
 from rpo_megatron.training.forward import run_objective, to_device, with_reference_logps
 from rpo_megatron.training.optimizer import build_optimizer
-from tools.bench.common import TINY, Report, Size, print_table, write_config
+from tools.bench import gpu_common
+from tools.bench.common import TINY, Size, real_tokens, write_config
 
 SIZES = {
+    "8b-slice": Size(vocab=128256, hidden=4096, layers=6, heads=32, kv_heads=8, ffn=14336),
     "1b": Size(vocab=128256, hidden=2048, layers=16, heads=32, kv_heads=8, ffn=8192),
-    "8b-slice": Size(vocab=128256, hidden=4096, layers=8, heads=32, kv_heads=8, ffn=14336),
-    "tiny": TINY,
 }
-"""Llama-3.2-1B (untied); eight layers of Llama-3.1-8B with all of its vocabulary, because the whole does not fit."""
+"""Six layers of Llama-3.1-8B with all of its vocabulary, because the whole does not fit; Llama-3.2-1B (untied)."""
 LOSS = ObjectiveConfig(method="rpo_bwd", beta=0.01, eta=1.0)
-TOKENS_PER_ROW = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A step's groups, and the longest row that they are packed into."""
+
+    groups: list[Group]
+    tokens_per_row: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, *, responses: int, tiny: bool) -> "Work":
+        prompt, response, tokens_per_row = (64, 32, 512) if tiny else (1024, 512, 16_384)
+        count = 2 * (tokens_per_row // (prompt + responses * response))
+        rng = np.random.default_rng(0)
+        groups = [
+            Group(
+                prompt=rng.integers(3, shape.vocab_size, prompt),
+                responses=[rng.integers(3, shape.vocab_size, response) for _ in range(responses)],
+                reward=rng.random(responses).astype(np.float32),
+                ref_logp=np.full(responses, -1000.0, dtype=np.float32),
+            )
+            for _ in range(count)
+        ]
+        return cls(groups=groups, tokens_per_row=tokens_per_row)
+
+    def rows(self, *, share_prompt: bool, multiple: int) -> Iterator[MicroBatch]:
+        first = self.groups[0]
+        lengths = [response.size for response in first.responses]
+        tokens = first.prompt.size * (1 if share_prompt else len(lengths)) + sum(lengths)
+        each = max(1, self.tokens_per_row // tokens)
+        for begin in range(0, len(self.groups), each):
+            groups = self.groups[begin : begin + each]
+            ids, draws = np.arange(len(groups)), np.zeros(len(groups))
+            yield build_row(groups, ids=ids, draws=draws, multiple=multiple, share_prompt=share_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    name: str
     fp8: Fp8Config = field(default_factory=Fp8Config)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     share_prompt: bool = True
     reference: str = "stored"
 
 
-def variants() -> list[Variant]:
-    te = KernelsConfig(layers="transformer_engine")
-    recipes = ("delayed", "tensorwise", "blockwise", "mxfp8")
-    return [
-        Variant(name="bf16"),
-        Variant(name="bf16, prompts not shared", share_prompt=False),
-        Variant(name="bf16, resident reference", reference="resident"),
-        Variant(name="bf16, FlexAttention", kernels=KernelsConfig(attention="flex")),
-        Variant(name="bf16, Triton log-probs", kernels=KernelsConfig(logprobs="triton")),
-        Variant(name="bf16, Transformer Engine", kernels=te),
-        *(Variant(name=f"fp8 {recipe}", fp8=Fp8Config(recipe=recipe)) for recipe in recipes),  # type: ignore[arg-type]
-        Variant(
-            name="fp8 tensorwise, resident reference in fp8",
-            fp8=Fp8Config(recipe="tensorwise", reference_weights=True),
-            reference="resident",
+def variants() -> dict[str, Variant]:
+    """The most telling first: what is last may find the time over."""
+    te, tensorwise = KernelsConfig(layers="transformer_engine"), Fp8Config(recipe="tensorwise")
+    merged = KernelsConfig(attention="merged")
+    return {
+        "bf16": Variant(),
+        "fp8 tensorwise": Variant(fp8=tensorwise),
+        "bf16, merged attention": Variant(kernels=merged),
+        "fp8 tensorwise, merged attention": Variant(fp8=tensorwise, kernels=merged),
+        "bf16, prompts not shared": Variant(share_prompt=False),
+        "bf16, te attention, prompts not shared": Variant(kernels=KernelsConfig(attention="te"), share_prompt=False),
+        "bf16, flex attention": Variant(kernels=KernelsConfig(attention="flex")),
+        "bf16, triton log-probs": Variant(kernels=KernelsConfig(logprobs="triton")),
+        "bf16, Transformer Engine layers": Variant(kernels=te),
+        "bf16, resident reference": Variant(reference="resident"),
+        "fp8 tensorwise, resident reference": Variant(fp8=tensorwise, reference="resident"),
+        "fp8 tensorwise, resident reference in fp8": Variant(
+            fp8=Fp8Config(recipe="tensorwise", reference_weights=True), reference="resident"
         ),
-    ]
+        "fp8 blockwise": Variant(fp8=Fp8Config(recipe="blockwise")),
+        "fp8 delayed": Variant(fp8=Fp8Config(recipe="delayed")),
+        "fp8 mxfp8": Variant(fp8=Fp8Config(recipe="mxfp8")),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", nargs="?", type=Path)
     parser.add_argument("--model", choices=SIZES, default="1b")
     parser.add_argument("--responses", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6, help="measured; two more warm up")
+    parser.add_argument("--steps", type=int, default=5, help="measured; two more warm up")
+    parser.add_argument("--first", type=int, help="measure only so many variants")
+    gpu_common.options(parser)
     arguments = parser.parse_args()
     ranks = start(ParallelConfig())
-    ceiling = matmul_ceiling(ranks.device)
-    print(f"fastest bf16 matrix multiplication: {ceiling / 1e12:.0f} TFLOP/s", flush=True)
+    ceiling = gpu_common.matmul_ceiling()
     with tempfile.TemporaryDirectory() as directory:
-        write_config(Path(directory), SIZES[arguments.model])
+        write_config(Path(directory), TINY if arguments.tiny else SIZES[arguments.model])
         shape = read_shape(directory)
-    groups = make_groups(shape, responses=arguments.responses, tiny=arguments.model == "tiny")
-    title = f"{arguments.model}, K={arguments.responses}, {num_parameters(shape):,} parameters, one training step"
-    results = [measure(variant, shape, groups, ranks, ceiling, steps=arguments.steps) for variant in variants()]
-    print_table(title, [{key: result.get(key, "") for key in results[0]} for result in results])
-    settings = {"ceiling_tflops": ceiling / 1e12, **vars(arguments), "output": str(arguments.output)}
-    if arguments.output:
-        Report(name="gpu_step", title=title, settings=settings, results=results, summary=results).write(
-            arguments.output
+    work = Work.of(shape, responses=arguments.responses, tiny=arguments.tiny)
+    title = f"step: {arguments.model}, K={arguments.responses}, {num_parameters(shape) / 1e9:.2f} G parameters"
+    table = gpu_common.table(title, arguments)
+    table.row("fastest bf16 multiplication", lambda: {"TFLOP/s": ceiling / 1e12})
+    for name, variant in list(variants().items())[: arguments.first]:
+        table.row(
+            name,
+            lambda variant=variant: measure(variant, shape, work, ranks, ceiling, arguments.steps),  # type: ignore[misc]
         )
     stop()
 
 
-def make_groups(shape: ModelShape, *, responses: int, tiny: bool) -> list[Group]:
-    """As many as fill a row without sharing."""
-    prompt, response = (64, 32) if tiny else (1024, 512)
-    count = 2 if tiny else max(1, TOKENS_PER_ROW // (responses * (prompt + response)))
-    rng = np.random.default_rng(0)
-    return [
-        Group(
-            prompt=rng.integers(3, shape.vocab_size, prompt),
-            responses=[rng.integers(3, shape.vocab_size, response) for _ in range(responses)],
-            reward=rng.random(responses).astype(np.float32),
-            ref_logp=np.full(responses, -1000.0, dtype=np.float32),
-        )
-        for _ in range(count)
-    ]
-
-
 def measure(
-    variant: Variant, shape: ModelShape, groups: list[Group], ranks: Groups, ceiling: float, *, steps: int
+    variant: Variant, shape: ModelShape, work: Work, ranks: Groups, ceiling: float, steps: int
 ) -> dict[str, Any]:
-    try:
-        check_hardware(variant.fp8)
-        step = prepare(variant, shape, groups, ranks)
-        times = timed(step, steps=steps, device=ranks.device)
-    except Exception as error:  # the other variants are measured all the same
-        return {"variant": variant.name, "note": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
-    seconds = statistics.median(times)
-    flop = executed_flop(shape, groups, share_prompt=variant.share_prompt, reference=variant.reference == "resident")
-    real = sum(group.prompt.size + tokens.size for group in groups for tokens in group.responses)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else float("nan")
-    return {
-        "variant": variant.name,
+    check_hardware(variant.fp8)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step, reference_bytes = prepare(variant, shape, work, ranks)
+    seconds = statistics.median(gpu_common.seconds_of(step, warm_up=2, rounds=steps))
+    resident = variant.reference == "resident"
+    flop = executed_flop(shape, work.groups, share_prompt=variant.share_prompt, reference=resident)
+    found = {
         "ms": seconds * 1e3,
-        "real tok/s": round(real / seconds),
+        "real tok/s": round(real_tokens(work.groups) / seconds),
         "TFLOP/s": flop / seconds / 1e12,
         "MFU": flop / seconds / ceiling,
-        "peak GiB": memory,
-        "note": "",
     }
-
-
-def prepare(variant: Variant, shape: ModelShape, groups: list[Group], ranks: Groups) -> Callable[[], None]:
     if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        found["syncs"] = waits(step)
+    return found | ({"reference GiB": reference_bytes / 2**30} if resident else {})
 
-    def model(*, fp8_weights: bool) -> ScoringModel:
+
+def prepare(variant: Variant, shape: ModelShape, work: Work, ranks: Groups) -> tuple[Callable[[], None], int]:
+    """(one training step, bytes on the GPU of the resident reference)."""
+
+    def model(fp8: Fp8Config, *, fp8_weights: bool) -> Any:
         made = build(
             shape,
             precision="bf16",
             sequence_parallel=False,
             groups=ranks,
             kernels=variant.kernels,
-            fp8=variant.fp8,
+            fp8=fp8,
             fp8_weights=fp8_weights,
         )
-        load_random(made, 0, ranks)
+        fill(made)
         return made
 
-    wrapped = wrap(model(fp8_weights=False))
+    before = _allocated()
+    reference = None
+    if variant.reference == "resident":
+        reference = model(frozen(variant.fp8), fp8_weights=variant.fp8.reference_weights)
+    reference_bytes = _allocated() - before
+    wrapped = wrap(model(variant.fp8, fp8_weights=False))
     optimizer = build_optimizer(OptimizerConfig(lr=1e-6), wrapped, "bf16")
-    resident = variant.reference == "resident"
-    reference = model(fp8_weights=variant.fp8.reference_weights) if resident else None
     loss = objective.build(LOSS)
-    row = build_row(
-        groups,
-        ids=np.arange(len(groups)),
-        draws=np.zeros(len(groups)),
-        multiple=row_alignment(variant.fp8),
-        share_prompt=variant.share_prompt,
-    )
+    rows = list(work.rows(share_prompt=variant.share_prompt, multiple=row_alignment(variant.fp8)))
 
     def step() -> None:
-        batches = [to_device(row, ranks.device)]
+        batches = [to_device(row, ranks.device) for row in rows]
         if reference is not None:
             batches = with_reference_logps(reference, batches)
         wrapped.zero_grad_buffer()
@@ -178,19 +195,35 @@ def prepare(variant: Variant, shape: ModelShape, groups: list[Group], ranks: Gro
         run_objective(wrapped, batches, loss, train=True)
         optimizer.step()
 
-    return step
+    return step, reference_bytes
 
 
-def timed(step: Callable[[], None], *, steps: int, device: torch.device) -> list[float]:
-    times = []
-    for number in range(steps + 2):
-        _wait(device)
-        began = time.perf_counter()
-        step()
-        _wait(device)
-        if number >= 2:
-            times.append(time.perf_counter() - began)
-    return times
+def fill(model: Any) -> None:
+    """Draw the weights on the device: on the host, a billion of them take a minute."""
+    generator = torch.Generator(gpu_common.device()).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            shape, device = parameter.shape, gpu_common.device()
+            drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+            parameter.copy_(drawn * 0.02)
+
+
+def waits(step: Callable[[], None]) -> int:
+    """How often the host waits for the GPU in a step, as torch sees it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower()]
+    for place in sorted(set(places)):
+        print(f"    waits at {place}, {places.count(place)} times", flush=True)
+    return len(places)
 
 
 def executed_flop(shape: ModelShape, groups: list[Group], *, share_prompt: bool, reference: bool) -> float:
@@ -212,19 +245,8 @@ def executed_flop(shape: ModelShape, groups: list[Group], *, share_prompt: bool,
     return (3 + reference) * forward + (4 + reference) * head
 
 
-def matmul_ceiling(device: torch.device) -> float:
-    """FLOP/s of the fastest of a few large bf16 multiplications."""
-    best = 0.0
-    for size in (4096, 8192) if device.type == "cuda" else (512,):
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        times = timed(lambda a=a, b=b: torch.mm(a, b), steps=10, device=device)  # type: ignore[misc]
-        best = max(best, 2 * size**3 / min(times))
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 if __name__ == "__main__":

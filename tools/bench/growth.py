@@ -80,9 +80,9 @@ MODES = {
             "K": (2, 4, 8),
             "vocabulary": (8064, 32000, 128256),
             "layers": (2, 4, 8),
-            "TP": (1, 2, 4),
-            "PP": (1, 2, 4),
-            "DP": (1, 2, 4),
+            "TP": (1, 2),
+            "PP": (1, 2),
+            "DP": (1, 2),
         },
         rounds=2,
     ),
@@ -112,11 +112,15 @@ def point(base: Point, quantity: str, value: int) -> Point:
 
 def benchmark(mode: str) -> Report:
     chosen = MODES[mode]
-    results = [
-        measure(quantity, value, point(chosen.base, quantity, value), rounds=chosen.rounds)
-        for quantity, values in chosen.values.items()
-        for value in values
-    ]
+    results: list[dict[str, Any]] = []
+    found: dict[tuple[Point, int], dict[str, Any]] = {}
+    for quantity, values in chosen.values.items():
+        for value in values:
+            where, num_threads = point(chosen.base, quantity, value), 1 if quantity in LAYOUT else THREADS
+            if (where, num_threads) not in found:  # quantities meet in the base, and layouts in one rank
+                found[where, num_threads] = measure(where, rounds=chosen.rounds, num_threads=num_threads)
+            results.append({"quantity": quantity, "value": value, **found[where, num_threads]})
+            print("{quantity} {value}: {cpu_seconds:.2f} CPU s, {peak_mib:.0f} MiB".format(**results[-1]), flush=True)
     return Report(
         name="growth",
         title="Growth of a step's CPU time (summed over ranks) and peak memory (of the largest rank)",
@@ -126,19 +130,14 @@ def benchmark(mode: str) -> Report:
     )
 
 
-def measure(quantity: str, value: int, where: Point, *, rounds: int) -> dict[str, Any]:
+def measure(where: Point, *, rounds: int, num_threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), where.size)  # weights are drawn by the ranks
-        num_threads = 1 if quantity in LAYOUT else THREADS
         found = processes.run(run_point, Path(folder), where, rounds, ranks=where.ranks, num_threads=num_threads)
     seconds = statistics.median(map(sum, zip(*(times for times, _ in found), strict=True)))
-    peak = max(peak for _, peak in found)
-    print(f"{quantity} {value}: {seconds:.2f} CPU s, {peak:.0f} MiB", flush=True)
     return {
-        "quantity": quantity,
-        "value": value,
         "cpu_seconds": seconds,
-        "peak_mib": peak,
+        "peak_mib": max(peak for _, peak in found),
         "seconds_by_rank": [times for times, _ in found],
         "peak_by_rank": [peak for _, peak in found],
     }

@@ -7,7 +7,8 @@ without a reference, because Liger's chunked loss has the loss built in. All var
 hidden states and of the weight. Memory is the peak above what they are given; the weight's gradient, which every
 variant makes, is part of it.
 
-ours           rpo_megatron's token_logprobs: tiles, made again in backward
+ours           rpo_megatron's token_logprobs: tiles, of which backward finds 32 MiB and makes the others again
+ours_kept      the same with room for all logits (kernels.keep_logits_mib)
 plain          its oracle: all logits
 megatron       megatron-core's vocab_parallel_cross_entropy on all logits
 trl            TRL's chunked function, with the statistics that its DPO trainer asks for
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import Axis, Groups, start
-from rpo_megatron.model.logprobs import plain_logprobs, token_logprobs
+from rpo_megatron.model.logprobs import choose_kept, plain_logprobs, token_logprobs
 from rpo_megatron.model.vocab import VocabShard
 from tools.bench import processes
 from tools.bench.common import Report, close, in_turns, main, print_table, ratio, words
@@ -40,8 +41,8 @@ RESPONSE = 128
 """Tokens per response; N / RESPONSE responses, the first half of which are the chosen ones."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-SINGLE = ("ours", "plain", "megatron", "trl", "trl_lean", "liger", "liger_eager", "cut_ce")
-SPLIT = ("ours", "plain", "megatron")
+SINGLE = ("ours", "ours_kept", "plain", "megatron", "trl", "trl_lean", "liger", "liger_eager", "cut_ce")
+SPLIT = ("ours", "ours_kept", "plain", "megatron")
 LogProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden [N, H], weight [V, H], labels [N]) -> [N]."""
 
@@ -98,8 +99,8 @@ MODES = {
     "short": (
         [
             Case(rows=1024, vocab=32000, precision="bf16"),
-            Case(rows=2048, vocab=128256, precision="fp32"),
-            Case(rows=1024, vocab=128256, precision="fp32", ranks=2),
+            Case(rows=1024, vocab=128256, precision="fp32"),
+            Case(rows=512, vocab=128256, precision="fp32", ranks=2),
         ],
         3,
     ),
@@ -194,8 +195,9 @@ def run_once(name: str, given: Given, case: Case, ranks: Groups) -> None:
         torch.distributed.all_reduce(given.gradients()[0], group=ranks.tp.group)
 
 
-def _ours(case: Case, tp: Axis) -> LogProbs:
-    return lambda hidden, weight, label: token_logprobs(hidden, _shard(case, tp, weight), label)
+def _ours(case: Case, tp: Axis, *, keep_mib: int | None = None) -> LogProbs:
+    keep_bytes = choose_kept(keep_mib, "tiles", torch.device("cpu"))
+    return lambda hidden, weight, label: token_logprobs(hidden, _shard(case, tp, weight), label, keep_bytes=keep_bytes)
 
 
 def _plain(case: Case, tp: Axis) -> LogProbs:
@@ -245,6 +247,7 @@ def liger_loss(given: Given, *, compiled: bool) -> torch.Tensor:
 
 VARIANTS: dict[str, Callable[[Case, Axis], LogProbs]] = {
     "ours": _ours,
+    "ours_kept": partial(_ours, keep_mib=2**20),
     "plain": _plain,
     "megatron": _megatron,
     "trl": partial(_trl, lean=False),
@@ -259,7 +262,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     row = {name: result[name] for name in ("rows", "precision", "ranks")} | {"vocabulary": words(result["vocab"])}
     for name in SINGLE[1:]:
         row[name] = str(ratio(seconds[name], seconds["ours"])) if name in seconds else "-"
-    for name in ("ours", "plain"):
+    for name in ("ours", "ours_kept", "plain"):
         row[f"memory: {name}"] = peaks[name] - result["weight_gradient_mib"]
     return row
 

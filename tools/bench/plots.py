@@ -33,14 +33,17 @@ def draw(documents: Mapping[str, Document], folder: Path) -> list[Path]:
 def step(document: Document) -> Any:
     """Real tokens per CPU second, and peak memory, of every variant."""
     results = document["results"]
-    names = list(results[0]["cpu_seconds"])
+    names = list(dict.fromkeys(name for result in results for name in result["cpu_seconds"]))
+    nothing = float("nan")
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 0.6 + 0.28 * len(results) * len(names)), sharey=True)
     tokens = {
-        name: [result["real_tokens"] / statistics.median(result["cpu_seconds"][name]) for result in results]
+        name: [r["real_tokens"] / statistics.median(r["cpu_seconds"].get(name, [nothing])) for r in results]
         for name in names
     }
     _bars(speed, tokens, "prompt and response tokens per CPU second")
-    _bars(memory, {name: [result["peak_mib"][name] for result in results] for name in names}, "peak MiB above weights")
+    _bars(
+        memory, {name: [r["peak_mib"].get(name, nothing) for r in results] for name in names}, "peak MiB above weights"
+    )
     labels = [f"V {words(r['vocab'])}\nK {r['responses']}\nprompt {r['prompt']}" for r in results]
     speed.set_yticks(range(len(results)), labels)
     speed.invert_yaxis()

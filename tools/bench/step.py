@@ -21,10 +21,11 @@ trl_pairwise   the same, one pair at a time: the least padding
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,16 @@ Step = Callable[..., Answer]
 """Of the groups, with the reference's stored log-probabilities, which live variants leave alone."""
 
 
+STORED = tuple(name for name in VARIANTS if name in ("ours_stored", "plain_stored", *BEST))
+"""Where the others would take minutes a step."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Mode:
-    sizes: list[Size]
-    data: list[Data]
+class Case:
+    size: Size
+    data: Data
     rounds: int
+    names: tuple[str, ...] = VARIANTS
 
 
 def data(responses: int, prompt: int, *, per_step: int) -> Data:
@@ -78,29 +84,38 @@ def data(responses: int, prompt: int, *, per_step: int) -> Data:
     return Data(groups=max(1, per_step // responses), responses=responses, prompt=prompt)
 
 
+SMALL, LARGE = Size(vocab=32000), Size(vocab=128256)
+TINY_DATA = Data(groups=2, responses=2, prompt=6, shortest=3, longest=9)
 MODES = {
-    "full": Mode(
-        sizes=[Size(vocab=32000), Size(vocab=128256)],
-        data=[data(k, prompt, per_step=8) for k in (2, 4, 8) for prompt in (256, 1024)],
-        rounds=7,
-    ),
-    "short": Mode(sizes=[Size(vocab=32000), Size(vocab=128256)], data=[data(4, 256, per_step=4)], rounds=3),
-    "tiny": Mode(sizes=[TINY], data=[Data(groups=2, responses=2, prompt=6, shortest=3, longest=9)], rounds=2),
+    "full": [
+        Case(size=size, data=data(k, prompt, per_step=8), rounds=7)
+        for size in (SMALL, LARGE)
+        for k in (2, 4, 8)
+        for prompt in (256, 1024)
+    ],
+    "short": [
+        Case(size=SMALL, data=data(4, 256, per_step=4), rounds=3),
+        Case(size=SMALL, data=data(8, 1024, per_step=8), rounds=2, names=STORED),
+        Case(size=LARGE, data=data(4, 256, per_step=4), rounds=3),
+    ],
+    "tiny": [
+        Case(size=TINY, data=TINY_DATA, rounds=2),
+        Case(size=TINY, data=TINY_DATA, rounds=1, names=STORED),
+    ],
 }
 
 
 def benchmark(mode: str) -> Report:
-    chosen = MODES[mode]
+    cases = MODES[mode]
     if not HAS_TRL:
         print("without TRL, which is not installed here: `make bench-env`")
     results = []
-    for size in chosen.sizes:
+    for size, of_size in groupby(cases, key=lambda case: case.size):
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "policy", size, seed=0)
             write_model(Path(folder) / "reference", size, seed=1)
-            for one in chosen.data:
-                results.append(measure(Path(folder), size, one, rounds=chosen.rounds))
-    settings = {"sizes": [asdict(size) for size in chosen.sizes], "rounds": chosen.rounds, "threads": THREADS}
+            results += [measure(Path(folder), case) for case in of_size]
+    settings = {"cases": [asdict(case) for case in cases], "threads": THREADS}
     return Report(
         name="step",
         title="A training step: CPU time and peak memory above the weights, over those of ours",
@@ -110,12 +125,13 @@ def benchmark(mode: str) -> Report:
     )
 
 
-def measure(folder: Path, size: Size, kind: Data, *, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, case: Case) -> dict[str, Any]:
+    size, kind, names = case.size, case.data, case.names
     groups = kind.make(vocab=size.vocab)
     # First, while the machine's memory is all there: a step of each variant in its own process.
-    peaks = {name: processes.run(peak, folder, size, name, groups, num_threads=THREADS)[0] for name in VARIANTS}
-    with threads(THREADS), variants(folder, size, groups) as steps:
-        seconds = in_turns(steps, rounds=rounds)
+    peaks = {name: processes.run(peak, folder, size, name, groups, num_threads=THREADS)[0] for name in names}
+    with threads(THREADS), variants(folder, size, groups, names) as steps:
+        seconds = in_turns(steps, rounds=case.rounds)
     tokens = real_tokens(groups)
     rows = [
         {
@@ -125,7 +141,7 @@ def measure(folder: Path, size: Size, kind: Data, *, rounds: int) -> dict[str, A
             "peak_mib": peaks[name],
             "peak_over_ours": peaks[name] / peaks["ours_stored"],
         }
-        for name in VARIANTS
+        for name in names
     ]
     print_table(f"vocabulary {size.vocab}, K {kind.responses}, prompt {kind.prompt}: {tokens} tokens a step", rows)
     return {
@@ -138,8 +154,10 @@ def measure(folder: Path, size: Size, kind: Data, *, rounds: int) -> dict[str, A
 
 
 @contextmanager
-def variants(folder: Path, size: Size, groups: list[Group]) -> Iterator[dict[str, Callable[[], object]]]:
-    """All variants in one process, after they were seen to agree on the groups."""
+def variants(
+    folder: Path, size: Size, groups: list[Group], names: Sequence[str]
+) -> Iterator[dict[str, Callable[[], object]]]:
+    """These variants in one process, after they were seen to agree on the groups."""
     ranks = start(ParallelConfig())
     policy, reference = (ours.load(folder / name, ranks) for name in ("policy", "reference"))
     policy_GK, reference_GK = (ours.logps(model, groups) for model in (policy, reference))
@@ -147,6 +165,7 @@ def variants(folder: Path, size: Size, groups: list[Group]) -> Iterator[dict[str
     steps = our_steps(Trainer.of(policy, ours.LOSS), reference, PlainLlama(folder / "policy", size))
     if HAS_TRL:
         steps |= their_steps(folder, stored, policy_GK, reference_GK)
+    steps = {name: steps[name] for name in names}
     check(steps, stored)
     yield {name: partial(step, stored) for name, step in steps.items()}
     stop()
@@ -239,21 +258,28 @@ def peak_of_trl(folder: Path, name: str, groups: list[Group]) -> float:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """A row of the README's table."""
+    """A row of the README's table; "-" where a variant was not measured."""
     seconds, peaks = result["cpu_seconds"], result["peak_mib"]
+
+    def over(slower: str, faster: str) -> str:
+        return str(ratio(seconds[slower], seconds[faster])) if {slower, faster} <= seconds.keys() else "-"
+
+    def memory(name: str) -> float | str:
+        return peaks[name] / peaks["ours_stored"] if name in peaks else "-"
+
     row = {"vocabulary": words(result["vocab"]), "K": result["responses"], "prompt": result["prompt"]}
     if HAS_TRL:
         fastest = min(BEST, key=lambda name: Spread.of(seconds[name]).median)
         row |= {
-            "TRL's default / ours": str(ratio(seconds["trl_default"], seconds["ours_stored"])),
-            "both with stored reference: TRL's best / ours": str(ratio(seconds[fastest], seconds["ours_stored"])),
-            "both live: TRL's default / ours": str(ratio(seconds["trl_default"], seconds["ours_live"])),
-            "both live: TRL's best / ours": str(ratio(seconds["trl_compact"], seconds["ours_live"])),
-            "memory: TRL's default / ours": peaks["trl_default"] / peaks["ours_stored"],
-            "memory: TRL's best / ours": peaks["trl_stored"] / peaks["ours_stored"],
-            "memory: TRL, a pair at a time / ours, all at once": peaks["trl_pairwise"] / peaks["ours_stored"],
+            "TRL's default / ours": over("trl_default", "ours_stored"),
+            "both with stored reference: TRL's best / ours": over(fastest, "ours_stored"),
+            "both live: TRL's default / ours": over("trl_default", "ours_live"),
+            "both live: TRL's best / ours": over("trl_compact", "ours_live"),
+            "memory: TRL's default / ours": memory("trl_default"),
+            "memory: TRL's best / ours": memory("trl_stored"),
+            "memory: TRL, a pair at a time / ours, all at once": memory("trl_pairwise"),
         }
-    return row | {"ours / plain torch": str(ratio(seconds["ours_stored"], seconds["plain_stored"]))}
+    return row | {"ours / plain torch": over("ours_stored", "plain_stored")}
 
 
 if __name__ == "__main__":

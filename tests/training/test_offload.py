@@ -1,0 +1,73 @@
+"""Runs with Adam's moments in host memory and runs without go on from each other's checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rpo_megatron.config import ObjectiveConfig, OptimizerConfig, ParallelConfig
+from rpo_megatron.data.rows import build_row
+from rpo_megatron.distributed import Groups, start, stop
+from rpo_megatron.model.build import build, wrap
+from rpo_megatron.model.shape import read_shape
+from rpo_megatron.model.source import find
+from rpo_megatron.objectives import objective
+from rpo_megatron.training import checkpoint
+from rpo_megatron.training.checkpoint import RunState
+from rpo_megatron.training.forward import Batch, run_objective, to_device
+from rpo_megatron.training.offload import OffloadedAdam
+from rpo_megatron.training.optimizer import build_optimizer
+from tests import tiny
+from tools.bench.common import Data
+
+STATE = RunState(step=2, consumed=2, groups_per_step=1, seed=0, precision="bf16", data="none", reference=None)
+
+
+class Run:
+    def __init__(self, directory: Path, groups: Groups, *, offload: bool) -> None:
+        self.policy: Any = build(read_shape(directory), precision="bf16", sequence_parallel=False, groups=groups)
+        checkpoint.load_weights(self.policy, find(directory), groups)
+        self.model = wrap(self.policy)
+        self.optimizer = build_optimizer(OptimizerConfig(lr=1e-2, offload=offload), self.model, "bf16")
+
+    def steps(self, rows: list[Batch], count: int) -> list[torch.Tensor]:
+        """The weights after so many steps."""
+        loss = objective.build(ObjectiveConfig(method="sft", responses="all"))
+        for _ in range(count):
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            run_objective(self.model, rows, loss, train=True)
+            self.optimizer.step()
+        return [parameter.detach().clone() for parameter in self.policy.parameters()]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_checkpoints_are_exchangeable(tmp_path: Path, first: bool) -> None:
+    """Catches moments that are saved before they are back, loaded to where nobody looks for them, or kept under other
+    names; and an optimizer that is not the one that was asked for."""
+    tiny.write_model(tmp_path / "model")
+    groups = start(ParallelConfig())
+    made = Data(groups=4, responses=2, prompt=6, shortest=3, longest=9).make(vocab=131)
+    row = build_row(made, ids=np.arange(4), draws=np.zeros(4), multiple=1, share_prompt=True)
+    rows = [to_device(row, groups.device)]
+    writer = Run(tmp_path / "model", groups, offload=first)
+    writer.steps(rows, 2)
+    checkpoint.save(
+        writer.policy,
+        writer.optimizer,
+        directory=tmp_path / "saved",
+        state=STATE,
+        config_text="",
+        companions=tmp_path / "model",
+        groups=groups,
+    )
+    reader = Run(tmp_path / "model", groups, offload=not first)
+    checkpoint.load(reader.policy, reader.optimizer, directory=tmp_path / "saved", expected=STATE, groups=groups)
+    inner = [getattr(run.optimizer, "chained_optimizers", [run.optimizer])[0].optimizer for run in (writer, reader)]
+    kinds = [isinstance(optimizer, OffloadedAdam) for optimizer in inner]
+    assert kinds == [first, not first]
+    for one, other in zip(writer.steps(rows, 2), reader.steps(rows, 2), strict=True):
+        assert torch.equal(one, other)
+    stop()
