@@ -310,7 +310,7 @@ class MoeConfig:
     """Losses of the routers of a model with experts (model/router.py has the formulas), each summed over the layers and
     added to the mean over groups. Both are off: the objective alone trains the routers. A preference objective compares
     the policy with a reference whose routing is uneven where pretraining left it so, and a loss that evens it out pulls
-    all responses away from that reference, whatever their rewards. The log shows how uneven it is (`load`)."""
+    all responses away from that reference, whatever their rewards. The log shows how uneven it is (`expert load`)."""
 
     aux_loss: float = 0.0
     """Weight of the load-balancing loss, over the tokens of each group; 1 where the experts are used alike. Pretraining

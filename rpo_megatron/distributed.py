@@ -87,17 +87,19 @@ def start(parallel: ParallelConfig) -> Groups:
         _join(rank, world, device, timeout=datetime.timedelta(minutes=parallel.timeout_minutes))
     from megatron.core import parallel_state, tensor_parallel
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        parallel.tensor,
-        parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_virtual(parallel) if _virtual(parallel) > 1 else None,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        # Where experts are shared out at all they stay whole: splitting them as well only makes small matrices smaller.
-        expert_tensor_parallel_size=parallel.tensor if parallel.expert == 1 else 1,
-    )
+    if parallel_state.model_parallel_is_initialized() and world > 1:
+        _leave_axes()
+    if not parallel_state.model_parallel_is_initialized():  # else a single process's, of which there is one kind
+        parallel_state.initialize_model_parallel(
+            parallel.tensor,
+            parallel.pipeline,
+            virtual_pipeline_model_parallel_size=_virtual(parallel) if _virtual(parallel) > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            # Where experts are shared out at all they stay whole: splitting them as well only makes small matrices
+            # smaller.
+            expert_tensor_parallel_size=parallel.tensor if parallel.expert == 1 else 1,
+        )
     # Nothing in a step draws random numbers (no dropout); megatron's layers still ask for the tracker to exist.
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     return Groups(
@@ -113,6 +115,19 @@ def start(parallel: ParallelConfig) -> Groups:
         dp=_axis(parallel_state.get_data_parallel_group()),
         replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
+
+
+def _leave_axes() -> None:
+    """Leave the groups of the axes, but not that of all processes. Each has threads that wake up a hundred times a
+    second, also when nobody knows the group any more."""
+    from megatron.core import parallel_state
+
+    dist.barrier()  # the others may still be at a group's last message
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    for group in groups:  # in the order in which they were made, which is the same everywhere
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 def schedule_groups() -> Any:

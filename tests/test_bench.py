@@ -40,7 +40,7 @@ def test_writes_what_it_measured(document: dict[str, Any]) -> None:
     assert COLUMNS[document["benchmark"]] <= document["results"][0].keys()
     assert document["summary"]
     assert {"cores", "cpu", "memory_gib"} <= document["machine"].keys()
-    assert document["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(document["versions"]["torch"])  # which may leave out +cu130
 
 
 @pytest.mark.parallel

@@ -37,6 +37,10 @@ QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "hidden_act": ..., "tie_word_embeddings": True, "pad_token_id": 0}
+YARN = {
+    **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 0.5},
+    **{"mscale": 1.0, "mscale_all_dim": 0.7},
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"model_type": "mistral", "sliding_window": 7},
@@ -51,6 +55,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         **{"shared_expert_intermediate_size": 24, "mlp_only_layers": [2], "use_sliding_window": True},
         **{"sliding_window": 7, "max_window_layers": 2},
+    },
+    "deepseek_v3": {
+        **{"model_type": "deepseek_v3", "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_shared_experts": 2},
+        **{"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+        **{"q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10},
+        **{"routed_scaling_factor": 1.5, "rope_scaling": YARN, "rms_norm_eps": 1e-3},
     },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "pad_token_id": 0},
     "nemotron": {"model_type": "nemotron", "norm_eps": 1e-5, "hidden_act": "relu2", "head_dim": 8},

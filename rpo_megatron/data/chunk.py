@@ -122,7 +122,7 @@ class _Groups:
         suspect_G = np.logical_or.reduceat(suspect_R, self._first_R) | (num_responses_G < 2)
         suspect_G |= self._prompt_length_G == 0
         if config.duplicate == "drop_response":
-            suspect_G |= np.array([len(set(raw.responses)) < len(raw.responses) for raw in raws])
+            suspect_G |= np.array([_any_equal(raw.responses) for raw in raws])
         return suspect_G
 
     def _kept(self, config: PrepareConfig, i: int, dropped: Counter[str]) -> list[int]:
@@ -148,6 +148,11 @@ class _Groups:
             what = f"{len(kept)} of {len(raw.responses)} responses left, a group needs two (single_response)"
             _drop(config.single_response, "single_response", f"{raw.where}: {what}", dropped)
         return kept
+
+
+def _any_equal(texts: list[str]) -> bool:
+    """Whether any two are equal. Lengths come first: to hash all texts takes as long as everything else here."""
+    return len(set(map(len, texts))) < len(texts) and len(set(texts)) < len(texts)
 
 
 class _GroupDroppedError(Exception):

@@ -21,6 +21,8 @@ from rpo_megatron.errors import UserError
 
 PACKAGE = "gigatoken"
 TEXTS_PER_CALL = 1024
+FEW_CHARACTERS = 1 << 13
+"""Lists are made in less time than the arrays of the package awkward, for texts of so many characters."""
 SHOWN = 60
 """Characters of a text that a message shows."""
 
@@ -109,9 +111,11 @@ def _first_difference(texts: list[str], found: EncodedTexts, expected: EncodedTe
 
 def _encoder(library: Any) -> Encoder:
     def encode(texts: list[str]) -> EncodedTexts:
-        # one thread: several processes share the cores
+        # parallel=False: several processes share the cores
+        if sum(map(len, texts)) < FEW_CHARACTERS:
+            return EncodedTexts.of_lists(library.encode_batch_list(texts, parallel=False))
         layout = library.encode_batch(texts, parallel=False).layout
         ids_T, border_N = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
-        return EncodedTexts(ids_T=ids_T.astype(np.int32, copy=False), border_N=border_N.astype(np.int64, copy=False))
+        return EncodedTexts(ids_T=ids_T.view(np.int32), border_N=border_N.astype(np.int64, copy=False))
 
     return encode

@@ -160,7 +160,7 @@ def _texts(config: PrepareConfig, chat: Chat, rows: list[RawRow]) -> Iterator[st
             group = chat.lay_out(parse_row(row.decode(), where=row.where, columns=config.columns))
         except UserError:
             return  # the same error comes again, in its turn
-        yield from (group.prompt, *group.wholes)
+        yield from group.texts
 
 
 # ------------------------------------------------------------------------------------------------ what is printed

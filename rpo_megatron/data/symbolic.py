@@ -14,6 +14,7 @@ from functools import reduce, wraps
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.filters import do_trim
 from jinja2.runtime import BlockReference, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -87,6 +88,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         """Of the filters and tests, which must all be there."""
         self.filters |= {name: _guarded(each) for name, each in self.filters.items() if name not in SURE_FILTERS}
         self.tests |= {name: _guarded(each) for name, each in self.tests.items() if name not in SURE_TESTS}
+        self.filters["trim"] = _trim
         self.filters[NOT_CONTENT] = _not_content
 
     def compiled(self, text: str) -> Template | None:
@@ -117,6 +119,11 @@ class _Rewritten(NodeTransformer):
 
     def _filtered(self, node: nodes.Expr, name: str) -> nodes.Expr:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _trim(value: Any, characters: Any = None) -> str:
+    """jinja's own, but a content may not be what is taken off."""
+    return do_trim(value, _not_content(characters))
 
 
 def _not_content(value: Any) -> Any:

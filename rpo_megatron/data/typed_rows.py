@@ -51,9 +51,10 @@ def _typed(row: RawRow) -> RawGroup | None:
         typed = _decode(row.content) if isinstance(row.content, bytes) else msgspec.convert(row.content, _Row)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    if typed.responses:
-        return _listed(typed, typed.responses, where=row.where)
-    if typed.responses is None and typed.chosen is not None and typed.rejected is not None:
+    items = typed.responses
+    if items:
+        return _group(typed.prompt, [item.text for item in items], [item.reward for item in items], where=row.where)
+    if items is None and typed.chosen is not None and typed.rejected is not None:
         return _pair(typed, typed.chosen, typed.rejected, where=row.where)
     return None
 
@@ -62,10 +63,6 @@ def _decode(line: bytes) -> _Row:
     if not line.isascii():
         line.decode()  # in columns that are not ours, msgspec would not look
     return DECODER.decode(line)
-
-
-def _listed(row: _Row, items: list[_Response], *, where: str) -> RawGroup | None:
-    return _group(row.prompt, [item.text for item in items], [item.reward for item in items], where=where)
 
 
 def _pair(row: _Row, chosen: str, rejected: str, *, where: str) -> RawGroup | None:

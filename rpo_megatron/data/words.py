@@ -128,7 +128,7 @@ class _Classes:
 def word_encoder(library: Any) -> WordEncoder | None:
     """For a tokenizers.Tokenizer, or None if it is not of a kind that this serves."""
     tree = json.loads(library.to_str())
-    source = _source(tree["pre_tokenizer"])
+    source = source_of(tree["pre_tokenizer"])
     model, added = tree["model"], tree["added_tokens"]
     is_plain = not any(token[key] for token in added for key in ("single_word", "lstrip", "rstrip"))
     one_pass = len({token["normalized"] for token in added}) < 2 and not library.encode_special_tokens
@@ -142,7 +142,7 @@ def word_encoder(library: Any) -> WordEncoder | None:
     return encoder if encoder.is_usable else None
 
 
-def _source(pre_tokenizer: dict[str, Any] | None) -> str | None:
+def source_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """The regular expression that cuts, if that is all that happens before bytes become characters."""
     steps = [pre_tokenizer or {"type": "none"}]
     if steps[0]["type"] == "Sequence":

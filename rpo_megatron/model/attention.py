@@ -166,9 +166,18 @@ def layer_attention(name: AttentionName, shape: ModelShape, layer: int, *, scale
     return attend
 
 
+def attend_padded(
+    attend: Attend, query_T1hd: torch.Tensor, key_T1gd: torch.Tensor, value_T1gv: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """[T, 1, h, v], for kernels that know one width only: values get zeros up to the d numbers of a key."""
+    width = value_T1gv.shape[-1]
+    value_T1gd = F.pad(value_T1gv, (0, key_T1gd.shape[-1] - width))
+    return attend(query_T1hd, key_T1gd, value_T1gd, segments)[..., :width]
+
+
 class PackedAttention(MegatronModule):
-    """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] (this TP rank's heads) -> [T, 1, heads * dim]; with
-    context parallelism, of this rank's part of the row."""
+    """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] (this TP rank's heads) -> [T, 1, heads * dim], dim
+    of the values; with context parallelism, of this rank's part of the row."""
 
     def __init__(
         self,
@@ -188,6 +197,8 @@ class PackedAttention(MegatronModule):
         self.stretch = shape.rope_scaling.attention_factor**2 if shape.rope_scaling is not None else 1.0
         self.rotary_dim = shape.rotary_dim or shape.head_dim
         self.attend = layer_attention(attention, shape, layer_number - 1, scale=scale)
+        if shape.value_dim != shape.head_dim:
+            self.attend = partial(attend_padded, self.attend)
         if cp.size > 1:
             self.attend = partial(attend_over_heads, self.attend, cp=cp)
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from rpo_megatron.config import Fp8Config, KernelsConfig, MoeConfig
 from rpo_megatron.distributed import Groups
+from rpo_megatron.errors import UserError
 from rpo_megatron.model import compat
 from rpo_megatron.model.attention import check_attention, choose_attention
 from rpo_megatron.model.chunks import Chunks, DataParallelChunks, chunks_of
@@ -32,7 +33,7 @@ from rpo_megatron.model.linear import use_fast_products
 from rpo_megatron.model.logprobs import choose_kept, choose_logprobs, scored_hidden, token_logprobs
 from rpo_megatron.model.precision import check_hardware, check_transformer_engine, megatron_fields
 from rpo_megatron.model.rotary import Rotary
-from rpo_megatron.model.router import members, use_group_routers
+from rpo_megatron.model.router import members, routing, use_group_routers
 from rpo_megatron.model.row import Row
 from rpo_megatron.model.scores import Scores
 from rpo_megatron.model.shape import ModelShape, chunk_layers, padded_vocab
@@ -215,7 +216,7 @@ def build(
 
     def part(chunk: int | None) -> ScoringModel:
         layers = _layers(config, shape, kernels, fp8, groups, chunk)
-        use_group_routers(layers, moe or MoeConfig())
+        use_group_routers(layers, moe or MoeConfig(), biased=shape.experts is not None and shape.experts.biased)
         # With gradients enabled, megatron lets FP8 weights keep the values that they were made from, in host memory.
         with torch.set_grad_enabled(not fp8_weights):
             return ScoringModel(config, shape, groups, layers=layers, logprobs=logprobs, chunk=chunk).to(groups.device)
@@ -286,6 +287,11 @@ def _layers(
     check_attention(attention, shape, device=groups.device, dtype=config.params_dtype)
     if choose_layers(kernels, fp8) == "megatron":
         return block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
+    if shape.latent is not None:
+        raise UserError(
+            f"{shape.family}: Transformer Engine's layers (kernels.layers=transformer_engine, fp8.recipe) are not "
+            f"supported with latent attention; set kernels.layers=megatron and fp8.recipe=none"
+        )
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
     return te_block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
@@ -375,14 +381,9 @@ def _experts(shape: ModelShape) -> dict[str, Any]:
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_size,
-        "moe_router_topk": experts.per_token,
+        **routing(experts),
         "moe_shared_expert_intermediate_size": experts.shared_ffn_size or None,
         "moe_shared_expert_gate": experts.shared_gate,
-        # Softmax over the chosen experts gives the same as dividing their shares of all by their sum.
-        "moe_router_pre_softmax": not experts.normalise,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
         # A list also where all layers have experts: layers that differ are told apart in checkpoints by their number.
         "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
     }

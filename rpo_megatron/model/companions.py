@@ -44,6 +44,8 @@ def copy_companions(source_dir: str | Path, target_dir: str | Path, *, dtype: st
     # transformers 4 writes torch_dtype, transformers 5 dtype and reads both.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = dtype
+    for key in {"num_nextn_predict_layers", "num_mtp_layers"} & config.keys():
+        config[key] = 0  # the weights beside it are without
     for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)

@@ -26,6 +26,7 @@ def use_optimizer(optimizer: type[torch.optim.Optimizer]) -> None:
     from megatron.core import optimizer as package
     from megatron.core.optimizer import distrib_optimizer
 
+    fused_adam()  # looked for once, while it is to be seen
     modules: list[Any] = [package, distrib_optimizer]
     for module in modules:
         module.Adam = optimizer
@@ -124,6 +125,46 @@ def skip_collectives_of_one() -> None:
     module: Any = param_and_grad_buffer
     module.dist_reduce_scatter_func = _unless_alone(dist.reduce_scatter_tensor)
     module.dist_all_gather_func = _unless_alone(dist.all_gather_into_tensor)
+
+
+def save_buckets_in_place() -> None:
+    """Let the optimizer's part of a checkpoint give every parameter its own numbers, however many buckets there are.
+
+    Why: megatron-core (0.16.1 to 0.19.2) joins a buffer's buckets without the padding between them, but cuts parameters
+    out of the result by their places in the buffer, padding included (distrib_optimizer.py,
+    get_parameter_state_dp_zero and sharded_param_state_fully_reshardable). Whatever follows a padded bucket is then
+    saved shifted: masters and moments of other parameters. Buckets are padded to the least common multiple of 128 and
+    the data-parallel ranks.
+    Remove when: the two agree on the places.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    owner: Any = DistributedOptimizer
+    gather = owner.get_parameter_state_dp_zero
+    if hasattr(gather, "__wrapped__"):
+        return
+
+    @functools.wraps(gather)
+    def gather_in_place(self: Any, *args: Any, **options: Any) -> Any:
+        state = gather(self, *args, **options)
+        for i, buffer in enumerate(self.buffers if state is not None else []):
+            for tensors in state[i].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer.buckets)
+        return state
+
+    owner.get_parameter_state_dp_zero = gather_in_place
+
+
+def _with_padding(joined: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
+    """The numbers of all buckets, each at its place in the buffer."""
+    if all(bucket.numel_unpadded == bucket.grad_data.numel() for bucket in buckets[:-1]):
+        return joined
+    whole = joined.new_zeros(sum(bucket.grad_data.numel() for bucket in buckets))
+    parts = joined.split([bucket.numel_unpadded for bucket in buckets])
+    for bucket, part in zip(buckets, parts, strict=True):
+        whole[bucket.offset : bucket.offset + part.numel()] = part
+    return whole
 
 
 def clip_in_place() -> None:

@@ -30,6 +30,11 @@ class HFRope(msgspec.Struct, kw_only=True):
     high_freq_factor: float | None = None
     short_factor: list[float] | None = None
     attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
     original_max_position_embeddings: Count | None = None
     partial_rotary_factor: float | None = None
 
@@ -77,6 +82,18 @@ class HFConfig(msgspec.Struct, kw_only=True):
     decoder_sparse_step: Count = 1
     shared_expert_intermediate_size: Count = 5632
     qkv_bias: bool = True
+    q_lora_rank: Count | None = None
+    kv_lora_rank: Count | None = None
+    qk_nope_head_dim: Count | None = None
+    qk_rope_head_dim: Count | None = None
+    v_head_dim: Count | None = None
+    rope_interleave: bool = True
+    first_k_dense_replace: int = 0
+    n_shared_experts: Count = 1
+    n_group: Count = 1
+    topk_group: Count = 1
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 0
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -150,8 +167,12 @@ class ExpertNames:
     gate: str
     up: str
     down: str
-    shared: bool = False
-    """There is one more, `shared_expert`, with a gate of its own."""
+    shared: str | None = None
+    """There is one more, which computes every token; its name."""
+    shared_gate: bool = False
+    """It has a gate of its own."""
+    biased: bool = False
+    """DeepSeek-V3's router: sigmoids, and a bias that only helps to choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +195,8 @@ class Family:
     scaled_embedding: bool = False
     """Embeddings are multiplied by the root of hidden_size."""
     experts: ExpertNames | None = None
+    latent: bool = False
+    """Multi-head latent attention: keys and values are made of a few numbers per token."""
     sliding: Callable[[HFConfig], Layers] = _no_layer
     """Layers that see only the last `sliding_window` tokens, if config.json gives that number."""
     must_be_false: tuple[str, ...] = ()
@@ -224,7 +247,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family(
         class_prefix="Qwen2Moe",
         qkv_bias=True,
-        experts=replace(_QWEN_EXPERTS, shared=True),
+        experts=replace(_QWEN_EXPERTS, shared="shared_expert", shared_gate=True),
         sliding=_every_other_lower_layer,
         renamed={"num_experts": "num_local_experts"},
         defaults={
@@ -259,6 +282,27 @@ FAMILIES: Mapping[str, Family] = {
             "norm_topk_prob": False,
         },
     ),
+    "deepseek_v3": Family(
+        class_prefix="DeepseekV3",
+        latent=True,
+        experts=replace(_QWEN_EXPERTS, shared="shared_experts", biased=True),
+        must_be_false=("attention_bias",),
+        renamed={"n_routed_experts": "num_local_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+        defaults={
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 3,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
     "phi3": Family(class_prefix="Phi3", fused=True, partial_rotary=True, sliding=_every_layer),
     "nemotron": Family(
         class_prefix="Nemotron",
@@ -286,8 +330,7 @@ FAMILIES: Mapping[str, Family] = {
 REFUSED: Mapping[str, str] = {
     "gemma3": "it reads images; save its language model alone (model_type gemma3_text) and train that",
     "gpt_oss": "its attention has a learned sink in every softmax, and its released weights are in mxfp4",
-    "deepseek_v3": "its attention is multi-head latent attention, which our packed attention does not compute",
-    "deepseek_v2": "its attention is multi-head latent attention, which our packed attention does not compute",
+    "deepseek_v2": "its router takes the best groups of experts by a rule of its own; supported is deepseek_v3",
     "llama4": "it reads images, and its layers mix chunked attention with layers without positions",
     "gemma": "it is Gemma 1; supported are gemma2 and gemma3_text",
     "phi": "it is Phi-1 or Phi-2; supported is phi3 (Phi-3, Phi-3.5, Phi-4)",

@@ -109,7 +109,12 @@ def check_accounted(reader: HFReader, shape: ModelShape) -> None:
     needed = hf_tensors(shape)
     if shape.tied_embeddings and HF_OUTPUT in reader.tensors:
         needed[HF_OUTPUT] = needed[HF_EMBEDDING]
-    found = {name: info for name, info in reader.tensors.items() if not name.endswith(NOT_WEIGHTS)}
+    beyond = tuple(f"model.layers.{shape.num_layers + i}." for i in range(shape.further_layers))
+    found = {
+        name: info
+        for name, info in reader.tensors.items()
+        if not name.endswith(NOT_WEIGHTS) and not name.startswith(beyond)
+    }
     problems = {
         "missing": needed.keys() - found.keys(),
         f"not part of a {shape.family} model": found.keys() - needed.keys(),

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from rpo_megatron.distributed import Axis
 from rpo_megatron.model.attention import AttentionName, PackedAttention
+from rpo_megatron.model.latent import LatentAttention
 from rpo_megatron.model.norms import NORMS, NormAndAdd
 from rpo_megatron.model.shape import ModelShape
 
@@ -70,6 +71,9 @@ def complete(layer: ModuleSpec, config: Any, shape: ModelShape, *, attention: At
     """Put into a layer of megatron's what is ours: core attention, and what megatron lacks of some families."""
     parts = layer.submodules
     params = {"attention": attention, "shape": shape, "cp": cp}
+    if shape.latent is not None:
+        parts.self_attention = ModuleSpec(module=LatentAttention, params=params)
+        return layer
     parts.self_attention.submodules.core_attention = ModuleSpec(module=PackedAttention, params=params)
     if shape.post_norms:
         post = ModuleSpec(module=NormAndAdd, params={"config": config, "norm": NORMS[shape.norm]})

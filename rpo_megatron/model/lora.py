@@ -104,6 +104,8 @@ class Adapters(torch.nn.ModuleDict):
         self.adapter = adapter
         self.enabled = True
         self.hooks: list[Any] = []
+        self.frozen: list[torch.nn.Parameter] = []
+        """What was trained without them."""
 
 
 def attach(model: Any, adapter: Adapter) -> None:
@@ -119,7 +121,8 @@ def attach(model: Any, adapter: Adapter) -> None:
         if chunk.pre_process:
             adapters.hooks.append(chunk.embedding.register_forward_hook(_begin_backward_here))
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(name == SCORE)
+            if parameter.requires_grad and name != SCORE:
+                adapters.frozen.append(parameter.requires_grad_(False))
         chunk.adapters = adapters
 
 
@@ -149,8 +152,9 @@ def merge(model: Any) -> None:
                 weight.copy_(weight.float() + lora.delta())
         for hook in chunk.adapters.hooks:
             hook.remove()
+        for parameter in chunk.adapters.frozen:
+            parameter.requires_grad_(True)
         del chunk.adapters
-        chunk.requires_grad_(True)
 
 
 @contextmanager

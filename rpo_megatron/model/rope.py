@@ -15,11 +15,12 @@ import msgspec
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.families import HFConfig, HFRope
 
-KINDS = ("default", "linear", "llama3", "longrope")
+KINDS = ("default", "linear", "llama3", "longrope", "yarn")
 NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor",),
+    "yarn": ("factor",),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -28,19 +29,25 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class RopeScaling:
     """How rotary frequencies are stretched for long contexts."""
 
-    kind: Literal["llama3", "linear", "longrope"]
+    kind: Literal["llama3", "linear", "longrope", "yarn"]
     factor: float
-    """Frequencies (or, for llama3, the low ones) are divided by this."""
+    """Frequencies (or, for llama3 and yarn, the low ones) are divided by this."""
     low_freq_factor: float | None = None
     """llama3 only: wavelengths above original_max_positions / low_freq_factor are stretched fully."""
     high_freq_factor: float | None = None
     """llama3 only: wavelengths below original_max_positions / high_freq_factor are left alone."""
     original_max_positions: int | None = None
-    """llama3 and longrope: the context length of pretraining, in tokens."""
+    """llama3, longrope and yarn: the context length of pretraining, in tokens."""
     factors: tuple[float, ...] | None = None
     """longrope only: what each frequency is divided by, in texts up to original_max_positions (`short_factor`)."""
     attention_factor: float = 1.0
-    """longrope only: rotated numbers of queries and keys are multiplied by this."""
+    """longrope and yarn: rotated numbers of queries and keys are multiplied by this."""
+    most_turns: float | None = None
+    """yarn only (`beta_fast`): what turns more often within original_max_positions is left alone."""
+    least_turns: float | None = None
+    """yarn only (`beta_slow`): what turns less often is stretched fully."""
+    whole_dimensions: bool = True
+    """yarn only (`truncate`): both borders are rounded to dimensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,8 @@ class Rope:
     """Base in the layers with a window, where it is another one (and nothing is stretched); None where it is not."""
     fraction: float
     """Share of a head's numbers that are rotated, the first ones."""
+    score_factor: float = 1.0
+    """Of query . key, in families that read mscale_all_dim."""
 
 
 def read_rope(config: HFConfig) -> Rope:
@@ -62,6 +71,7 @@ def read_rope(config: HFConfig) -> Rope:
         scaling=_scaling(rope, config),
         local_theta=local_theta,
         fraction=rope.partial_rotary_factor or config.partial_rotary_factor or 1.0,
+        score_factor=_mscale(rope.factor or 1.0, rope.mscale_all_dim or 0.0) ** 2,
     )
 
 
@@ -103,6 +113,8 @@ def _scaling(rope: HFRope, config: HFConfig) -> RopeScaling | None:
     assert rope.factor is not None
     if kind == "linear":
         return RopeScaling(kind="linear", factor=rope.factor)
+    if kind == "yarn":
+        return _yarn(rope, rope.factor, original)
     return RopeScaling(
         kind="llama3",
         factor=rope.factor,
@@ -110,6 +122,26 @@ def _scaling(rope: HFRope, config: HFConfig) -> RopeScaling | None:
         high_freq_factor=rope.high_freq_factor,
         original_max_positions=original,
     )
+
+
+def _yarn(rope: HFRope, factor: float, original: int) -> RopeScaling:
+    """YaRN (arXiv 2309.00071), with transformers' reading of mscale, which DeepSeek added."""
+    attention = rope.attention_factor
+    if attention is None and rope.mscale and rope.mscale_all_dim:
+        attention = _mscale(factor, rope.mscale) / _mscale(factor, rope.mscale_all_dim)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=_mscale(factor, 1.0) if attention is None else attention,
+        most_turns=rope.beta_fast or 32.0,
+        least_turns=rope.beta_slow or 1.0,
+        whole_dimensions=rope.truncate,
+    )
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(rope: HFRope, original: int, longest: int) -> RopeScaling:

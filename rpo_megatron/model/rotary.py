@@ -16,7 +16,7 @@ class Rotary(torch.nn.Module):
         super().__init__()
         size = shape.rotary_dim or shape.head_dim
         exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-        self.frequencies = _scaled(1.0 / shape.rope_theta**exponents, shape.rope_scaling)
+        self.frequencies = _scaled(1.0 / shape.rope_theta**exponents, shape.rope_scaling, theta=shape.rope_theta)
         if shape.local_rope_theta is not None:
             self.frequencies = torch.stack((self.frequencies, 1.0 / shape.local_rope_theta**exponents))
 
@@ -25,14 +25,33 @@ class Rotary(torch.nn.Module):
         return torch.cat((angles, angles), dim=-1)[..., None, None, :]
 
 
-def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
+def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None, *, theta: float) -> torch.Tensor:
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "longrope":
         return frequencies / torch.tensor(scaling.factors, dtype=torch.float32, device=frequencies.device)
+    if scaling.kind == "yarn":
+        return _yarn(frequencies, scaling, theta)
     return _llama3(frequencies, scaling)
+
+
+def _yarn(frequencies: torch.Tensor, scaling: RopeScaling, theta: float) -> torch.Tensor:
+    """What turns often within the original context is kept, what turns seldom is stretched by `factor`, and between
+    them, from one dimension to the other, ever more (arXiv 2309.00071, section 3.2)."""
+    original, most, least = scaling.original_max_positions, scaling.most_turns, scaling.least_turns
+    assert original is not None
+    assert most is not None
+    assert least is not None
+    count = len(frequencies)
+    low, high = (count * math.log(original / (2 * math.pi * turns)) / math.log(theta) for turns in (most, least))
+    if scaling.whole_dimensions:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
+    numbers = torch.arange(count, dtype=torch.float32, device=frequencies.device)
+    stretched = ((numbers - low) / (high - low or 0.001)).clamp(0.0, 1.0)
+    return frequencies / scaling.factor * stretched + frequencies * (1.0 - stretched)
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

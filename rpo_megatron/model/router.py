@@ -14,7 +14,7 @@ used: they count a row's padding, depend on what else is in the row, and are sca
 tokens, where ours is divided by groups.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from rpo_megatron.config import MoeConfig
+from rpo_megatron.model.parts import Experts
 
 
 class GroupRouter(TopKRouter):
@@ -33,8 +34,12 @@ class GroupRouter(TopKRouter):
     this rank's t tokens belong to which group; it has megatron's name because it goes megatron's way to every layer,
     also when a layer is computed again."""
 
-    def __init__(self, *args: Any, losses: MoeConfig, **options: Any) -> None:
+    def __init__(self, *args: Any, losses: MoeConfig, biased: bool, **options: Any) -> None:
         super().__init__(*args, **options)
+        if biased:  # not by moe_router_enable_expert_bias, with which megatron would also move it in every step
+            delattr(self, "expert_bias")  # None
+            bias_E = torch.zeros(self.num_experts, device=torch.cuda.current_device())
+            self.register_parameter("expert_bias", torch.nn.Parameter(bias_E, requires_grad=False))
         self.losses = losses
         seen = torch.zeros(self.num_experts + 2, dtype=torch.float64, device=torch.cuda.current_device())
         self.register_buffer("seen", seen, persistent=False)
@@ -74,14 +79,31 @@ class GroupRouter(TopKRouter):
         return scores_tE / scores_tE.sum(-1, keepdim=True)
 
 
-def use_group_routers(block: TransformerBlockSubmodules, losses: MoeConfig) -> None:
+def routing(experts: Experts) -> dict[str, Any]:
+    """Fields of megatron's TransformerConfig."""
+    limited = experts.chosen_groups < experts.groups
+    return {
+        "moe_router_topk": experts.per_token,
+        "moe_router_score_function": "sigmoid" if experts.biased else "softmax",
+        # Softmax over the chosen experts gives the same as dividing their shares of all by their sum.
+        "moe_router_pre_softmax": not experts.normalise,
+        "moe_router_num_groups": experts.groups if limited else None,
+        "moe_router_group_topk": experts.chosen_groups if limited else None,
+        "moe_router_topk_scaling_factor": experts.scale if experts.scale != 1.0 else None,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def use_group_routers(block: TransformerBlockSubmodules, losses: MoeConfig, *, biased: bool) -> None:
     """In those of a block's layers that have experts. The form of megatron's spec depends on its version (a ModuleSpec
     up to 0.16)."""
     for layer in block.layer_specs:
         mlp = layer.submodules.mlp
         built, parts = (mlp.func, mlp.keywords) if isinstance(mlp, partial) else (mlp.module, vars(mlp))
         if built is MoELayer:
-            parts["submodules"].router = partial(GroupRouter, losses=losses)
+            parts["submodules"].router = partial(GroupRouter, losses=losses, biased=biased)
 
 
 def members(group_T: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -89,15 +111,16 @@ def members(group_T: torch.Tensor, num_groups: int) -> torch.Tensor:
     return group_T == torch.arange(num_groups, device=group_T.device)[:, None]
 
 
-def take_seen(modules: Iterable[torch.nn.Module]) -> torch.Tensor | None:
-    """What this rank's routers have seen since they were asked last, [layers of the whole model, E + 2]: tokens that
-    took each expert, sum of balance_g, sum of z_g. It adds up over ranks. None for a model without experts."""
-    routers = list(_routers(modules))
-    if not routers:
+def take_seen(chunks: Sequence[Any]) -> torch.Tensor | None:
+    """What the routers in a rank's chunks have seen since they were asked last, [layers of the whole model, E + 2]:
+    tokens that took each expert, sum of balance_g, sum of z_g. It adds up over ranks, also those whose layers have no
+    experts. None for a model without experts."""
+    config = chunks[0].config
+    if config.num_moe_experts is None:
         return None
-    seen_LX = torch.zeros(routers[0].config.num_layers, len(routers[0].seen), dtype=torch.float64)
-    seen_LX = seen_LX.to(routers[0].seen.device)
-    for router in routers:
+    device = next(chunks[0].parameters()).device
+    seen_LX = torch.zeros(config.num_layers, config.num_moe_experts + 2, dtype=torch.float64, device=device)
+    for router in _routers(chunks):
         seen_LX[router.layer_number - 1] = router.seen
         router.seen.zero_()
     return seen_LX

@@ -16,6 +16,7 @@ import msgspec
 
 from rpo_megatron.errors import UserError, nearest
 from rpo_megatron.model.families import ACTIVATIONS, FAMILIES, REFUSED, Activation, Family, HFConfig, Norm
+from rpo_megatron.model.parts import Experts, Latent, read_experts, read_latent
 from rpo_megatron.model.rope import Rope, RopeScaling, read_rope
 
 VOCAB_MULTIPLE = 128
@@ -23,25 +24,6 @@ Head = Literal["lm", "value"]
 """`lm`: an output layer over the vocabulary. `value`: a reward model, one number per response."""
 VALUE_ARCHITECTURE = "ForSequenceClassification"
 """How the names of transformers' reward model classes end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """A mixture of experts in place of feed-forward layers."""
-
-    count: int
-    per_token: int
-    """The best so many experts of a token compute it."""
-    ffn_size: int
-    """Of each expert; ModelShape.ffn_size is that of the layers without."""
-    normalise: bool
-    """The chosen experts' shares of a token sum to 1; else they are those of the softmax over all experts."""
-    dense_layers: tuple[int, ...] = ()
-    """Layers without experts, counted from 0."""
-    shared_ffn_size: int = 0
-    """Of one more expert, which computes every token; 0 where there is none."""
-    shared_gate: bool = False
-    """What it computes is multiplied by a sigmoid of the token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +73,14 @@ class ModelShape:
     scaled_embedding: bool = False
     """Embeddings are multiplied by the root of hidden_size."""
     experts: Experts | None = None
+    latent: Latent | None = None
+    further_layers: int = 0
+    """Layers that the files may have beyond the last, which predict more than the next token: left out."""
+
+    @property
+    def value_dim(self) -> int:
+        """Of a head."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     def window(self, layer: int) -> int | None:
         """How many last tokens layer `layer`, counted from 0, attends to; None is all."""
@@ -138,7 +128,9 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
     num_kv_heads = config.num_key_value_heads or config.num_attention_heads
     if config.num_attention_heads % num_kv_heads:
         raise UserError(f"num_attention_heads={config.num_attention_heads} is no multiple of {num_kv_heads} kv heads")
-    head_dim, rope, full = _head_dim(config), read_rope(config), _full_layers(config, family)
+    rope, full, latent = read_rope(config), _full_layers(config, family), read_latent(config, family)
+    head_dim = _head_dim(config) if latent is None else latent.plain_dim + latent.rotary_dim
+    scale = None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5
     return ModelShape(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -160,9 +152,9 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
         head=_head(config),
         pad_token=config.pad_token_id if (config.pad_token_id or 0) >= 0 else None,
         full_layers=full if len(full) < config.num_hidden_layers else (),
-        rotary_dim=_rotary_dim(head_dim, rope, family),
+        rotary_dim=_rotary_dim(head_dim, rope, family) if latent is None else latent.rotary_dim,
         local_rope_theta=rope.local_theta,
-        attention_scale=None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+        attention_scale=scale if latent is None else rope.score_factor * head_dim**-0.5,
         attention_softcap=config.attn_logit_softcapping,
         logit_softcap=config.final_logit_softcapping,
         activation=ACTIVATIONS[config.hidden_act],
@@ -170,7 +162,9 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
         norm=family.norm,
         post_norms=family.post_norms,
         scaled_embedding=family.scaled_embedding,
-        experts=_experts(config, family),
+        experts=read_experts(config, family),
+        latent=latent,
+        further_layers=config.num_nextn_predict_layers,
     )
 
 
@@ -216,27 +210,6 @@ def _full_layers(config: HFConfig, family: Family) -> tuple[int, ...]:
     return tuple(i for i in range(config.num_hidden_layers) if i not in sliding)
 
 
-def _experts(config: HFConfig, family: Family) -> Experts | None:
-    if family.experts is None:
-        return None
-    count, per_token = config.num_local_experts, config.num_experts_per_tok
-    assert count is not None
-    assert per_token is not None
-    if per_token > count:
-        raise UserError(f"num_experts_per_tok={per_token} is more than the {count} experts there are")
-    without = config.mlp_only_layers or []
-    layers = range(config.num_hidden_layers)
-    return Experts(
-        count=count,
-        per_token=per_token,
-        ffn_size=config.moe_intermediate_size or config.intermediate_size,
-        normalise=config.norm_topk_prob,
-        dense_layers=tuple(i for i in layers if i in without or (i + 1) % config.decoder_sparse_step),
-        shared_ffn_size=config.shared_expert_intermediate_size if family.experts.shared else 0,
-        shared_gate=family.experts.shared,
-    )
-
-
 def _head(config: HFConfig) -> Head:
     if not (config.architectures and config.architectures[0].endswith(VALUE_ARCHITECTURE)):
         return "lm"
@@ -275,16 +248,24 @@ def padded_vocab(shape: ModelShape) -> int:
 
 def num_parameters(shape: ModelShape) -> int:
     """Trained numbers, without vocabulary padding; tied embeddings count once."""
-    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    attention = shape.hidden_size * (2 * query + 2 * key_value)
-    biases = (query + 2 * key_value) if shape.qkv_bias else 0
     norm = shape.hidden_size * (2 if shape.norm == "layer1p" else 1)
     norms = (4 if shape.post_norms else 2) * norm + (2 * shape.head_dim if shape.qk_norm else 0)
-    layers = shape.num_layers * (attention + biases + norms)
+    layers = shape.num_layers * (_attention(shape) + norms)
     layers += sum(_feed_forward(shape, layer) for layer in range(shape.num_layers))
     embedding = shape.vocab_size * shape.hidden_size
     head = shape.hidden_size if shape.head == "value" else 0 if shape.tied_embeddings else embedding
     return embedding + layers + norm + head
+
+
+def _attention(shape: ModelShape) -> int:
+    """Trained numbers of a layer's attention; of its norms, those inside latent attention."""
+    query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    latent, hidden = shape.latent, shape.hidden_size
+    if latent is None:
+        return hidden * (2 * query + 2 * key_value) + ((query + 2 * key_value) if shape.qkv_bias else 0)
+    made = query * (hidden if latent.query_rank is None else latent.query_rank)
+    made += shape.num_heads * (latent.kv_rank * (latent.plain_dim + latent.value_dim) + hidden * latent.value_dim)
+    return made + hidden * latent.width + (latent.query_rank or 0) + latent.kv_rank
 
 
 def _feed_forward(shape: ModelShape, layer: int) -> int:

@@ -63,7 +63,10 @@ class Source:
         try:
             base = find(path)
         except UserError as error:
-            raise UserError(f"{self.path}: is an adapter, and its base is not where it was: {error}") from None
+            raise UserError(
+                f"{self.path}: is an adapter, and its base is not where it was: {error}; put it back there, or a link "
+                f"to where it is now"
+            ) from None
         self.check_base(base)
         return base
 

@@ -30,6 +30,16 @@
     layers.i.mlp.shared_expert.{gate,up}_proj.*   decoder.layers.i.mlp.shared_experts.linear_fc1.weight gated
     layers.i.mlp.shared_expert.down_proj.weight   decoder.layers.i.mlp.shared_experts.linear_fc2.weight input
     layers.i.mlp.shared_expert_gate.weight        decoder.layers.i.mlp.shared_experts.gate_weight      replicated
+    DeepSeek-V3's is called shared_experts, and its router has a bias:
+    layers.i.mlp.gate.e_score_correction_bias     decoder.layers.i.mlp.router.expert_bias              replicated
+    with latent attention (DeepSeek-V3), in decoder.layers.i.self_attention. ...
+    layers.i.self_attn.q_a_proj.weight            linear_q_down_proj.weight                            replicated
+    layers.i.self_attn.q_a_layernorm.weight       q_layernorm.weight                                   replicated
+    layers.i.self_attn.q_b_proj.weight            linear_q_up_proj.weight                              rows
+    layers.i.self_attn.q_proj.weight              linear_q_proj.weight (for these three)               rows
+    layers.i.self_attn.kv_a_proj_with_mqa.weight  linear_kv_down_proj.weight                           replicated
+    layers.i.self_attn.kv_a_layernorm.weight      kv_layernorm.weight                                  replicated
+    layers.i.self_attn.kv_b_proj.weight           linear_kv_up_proj.weight                             rows
 
 Layers are numbered over the whole model, whatever the pipeline stage, and experts over the whole layer, whatever the
 rank that has them. Weights are [out, in].
@@ -56,6 +66,8 @@ Split = Literal["replicated", "vocab", "rows", "qkv", "gated", "input"]
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 SCORE = HF_SCORE = "score.weight"
+HF_EXPERT_BIAS = "e_score_correction_bias"
+"""How the name of a router's bias ends. It is fp32 whatever the model's precision, and not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +126,8 @@ def entries(shape: ModelShape) -> list[Entry]:
 def _layer(shape: ModelShape, i: int) -> list[Entry]:
     mega, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
     rows = _norm(shape, f"{mega}input_layernorm", f"{hf}input_layernorm")
-    rows += _attention(shape, f"{mega}self_attention.", f"{hf}self_attn.")
+    attention = _attention if shape.latent is None else _latent_attention
+    rows += attention(shape, f"{mega}self_attention.", f"{hf}self_attn.")
     if shape.post_norms:
         rows += _norm(shape, f"{mega}self_attn_bda.norm", f"{hf}post_attention_layernorm")
         rows += _norm(shape, f"{mega}pre_mlp_layernorm", f"{hf}pre_feedforward_layernorm")
@@ -147,6 +160,32 @@ def _attention(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
     return rows
 
 
+def _latent_attention(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
+    latent, hidden, heads = shape.latent, shape.hidden_size, shape.num_heads
+    assert latent is not None
+
+    def row(ours: str, split: Split, theirs: str, *size: int) -> Entry:
+        return _entry(f"{mega}{ours}.weight", split, {f"{hf}{theirs}.weight": size})
+
+    query, q_rank, kv_rank = heads * shape.head_dim, latent.query_rank, latent.kv_rank
+    if q_rank is None:
+        rows = [row("linear_q_proj", "rows", "q_proj", query, hidden)]
+    else:
+        rows = [
+            row("linear_q_down_proj", "replicated", "q_a_proj", q_rank, hidden),
+            row("q_layernorm", "replicated", "q_a_layernorm", q_rank),
+            row("linear_q_up_proj", "rows", "q_b_proj", query, q_rank),
+        ]
+    made = heads * (latent.plain_dim + latent.value_dim)
+    return [
+        *rows,
+        row("linear_kv_down_proj", "replicated", "kv_a_proj_with_mqa", kv_rank + latent.rotary_dim, hidden),
+        row("kv_layernorm", "replicated", "kv_a_layernorm", kv_rank),
+        row("linear_kv_up_proj", "rows", "kv_b_proj", made, kv_rank),
+        row("linear_proj", "input", "o_proj", hidden, heads * latent.value_dim),
+    ]
+
+
 def _dense(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
     up, down = (shape.ffn_size, shape.hidden_size), (shape.hidden_size, shape.ffn_size)
     fc1 = f"{mega}linear_fc1.weight"
@@ -166,13 +205,16 @@ def _experts(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
     up, down = (experts.ffn_size, shape.hidden_size), (shape.hidden_size, experts.ffn_size)
     router = {f"{hf}{names.block}.gate.weight": (experts.count, shape.hidden_size)}
     rows = [_entry(f"{mega}router.weight", "replicated", router)]
+    if experts.biased:
+        bias = {f"{hf}{names.block}.gate.{HF_EXPERT_BIAS}": (experts.count,)}
+        rows.append(_entry(f"{mega}router.expert_bias", "replicated", bias))
     for e in range(experts.count):
         inside, source = f"{mega}experts.{e}.", f"{hf}{names.block}.experts.{e}."
         gate_up = {f"{source}{names.gate}.weight": up, f"{source}{names.up}.weight": up}
         rows.append(_entry(f"{inside}linear_fc1.weight", "gated", gate_up))
         rows.append(_entry(f"{inside}linear_fc2.weight", "input", {f"{source}{names.down}.weight": down}))
     if experts.shared_ffn_size:
-        inside, source = f"{mega}shared_experts.", f"{hf}{names.block}.shared_expert"
+        inside, source = f"{mega}shared_experts.", f"{hf}{names.block}.{names.shared}"
         rows += _dense(replace(shape, ffn_size=experts.shared_ffn_size), inside, f"{source}.")
     if experts.shared_gate:
         rows.append(_entry(f"{inside}gate_weight", "replicated", {f"{source}_gate.weight": (1, shape.hidden_size)}))

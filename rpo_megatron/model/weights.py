@@ -151,7 +151,7 @@ class _RandomTensors:
         size = self.sizes[name]
         if name.endswith("norm.weight"):
             return self.unit_norm(size)
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             return torch.zeros(size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
         return torch.randn(size, generator=generator) * 0.02

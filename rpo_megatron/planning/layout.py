@@ -168,6 +168,7 @@ class Parts:
     router: int
     """And the shared expert's gate: whole on every rank."""
     norms: int
+    """And the matrices that latent attention has whole on every tensor rank."""
     norms_of_model: int
     """After the last layer; not of a layer."""
 

@@ -194,15 +194,22 @@ class Kept:
         tokens = setting.row.tokens / layout.context
         whole = tokens / t if layout.sequence else tokens  # of what every tensor rank would hold
         query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        result = shape.num_heads * shape.value_dim
         # query, key, the result, a log-sum-exp per head, and the values: a view of query-key-value, or a copy
         values = query + 2 * key if kernels.joined_keys else key + _kept_by_key_norm(setting) * (query + 2 * key)
+        padded = shape.value_dim != shape.head_dim  # attend_padded: values, and the result with and without zeros
+        if shape.latent is not None:  # a view of what is made of c_kv, or a copy
+            made = shape.num_heads * (shape.latent.plain_dim + shape.value_dim)
+            values = query + result if padded else made if kernels.joined_keys else result
         attention = tokens / t * (w * (query + key + values + query) + 4 * shape.num_heads)
         if kernels.joined_keys:
-            attention += w / t * (tokens * query + setting.row.repeated / layout.context * 2 * key)
+            attention += w / t * (tokens * (0 if padded else query) + setting.row.repeated / layout.context * 2 * key)
         attention += tokens / t * query * kernels.fp8
         rotary = tokens * 4 * w * (shape.rotary_dim or shape.head_dim)  # cosines and sines, for query and for key
+        if shape.latent is not None:  # once for both, and once per pair
+            rotary = tokens * w * shape.latent.rotary_dim
         norms = (4 if shape.post_norms else 2) * whole * _norm(setting, shape.hidden_size)
-        norms += tokens / t * _head_norms(setting)
+        norms += tokens / t * _head_norms(setting) + whole * _latent_norms(setting)
         inputs = 2 * whole * _input_width(setting) * shape.hidden_size + _adapters(setting, layout)
         return cls(
             attention=attention + rotary,
@@ -245,6 +252,17 @@ def _head_norms(setting: Setting) -> float:
         return 0.0
     heads = (shape.num_heads + shape.num_kv_heads) * _norm(setting, shape.head_dim)
     return heads - (width * shape.num_kv_heads * shape.head_dim if _kept_by_key_norm(setting) else 0)
+
+
+def _latent_norms(setting: Setting) -> float:
+    """Norms inside latent attention, and their results, which go into matrices; the part of the key beside what is
+    normed is kept with it, unless that is first made fp32."""
+    latent, width = setting.model.shape.latent, WIDTH[setting.precision]
+    if latent is None:
+        return 0.0
+    sizes = [latent.kv_rank] if latent.query_rank is None else [latent.kv_rank, latent.query_rank]
+    copied = not setting.kernels.fused_norm and width != 4
+    return sum(_norm(setting, n) + width * n for n in sizes) + (0 if copied else width * latent.rotary_dim)
 
 
 def _kept_by_key_norm(setting: Setting) -> bool:

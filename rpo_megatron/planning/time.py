@@ -2,7 +2,8 @@
 share of the links. An estimate: nothing here is measured.
 
 FLOPs (a multiply-add is two) of a forward pass, per layer: 2 x matrix numbers per token, and 2 x heads x head_dim per
-unit of `pairs` (workload.py), which is 4 per query-key pair; and 2 x vocabulary x hidden per scored token. *Model*
+unit of `pairs` (workload.py), which is 4 per query-key pair (of latent attention the mean of a head's numbers in keys
+and in values; zeros that values are filled up with do not count); and 2 x vocabulary x hidden per scored token. *Model*
 FLOPs are 3 forward passes for the policy and 1 for a reference that is computed; MFU counts only these. *Executed*
 FLOPs add what is computed twice: logits (always), attention's scores (0.5 of a forward pass), recomputed layers.
 
@@ -88,7 +89,7 @@ def forward_flops(model: Model, *, tokens: float, pairs: float, scored: float) -
     head = 2 * shape.vocab_size * shape.hidden_size * scored if shape.head == "lm" else 0.0
     return Flops(
         layers=2.0 * matrices * tokens,
-        attention=2.0 * shape.num_layers * shape.num_heads * shape.head_dim * pairs,
+        attention=1.0 * shape.num_layers * shape.num_heads * (shape.head_dim + shape.value_dim) * pairs,
         head=head,
     )
 
@@ -97,7 +98,8 @@ def attention_matrices(model: Model) -> int:
     """Numbers of a layer's attention that multiply a token: without biases."""
     shape = model.shape
     biases = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim if shape.qkv_bias else 0
-    return layer_parts(model).attention - biases
+    whole = shape.latent.width * shape.hidden_size if shape.latent is not None else 0
+    return layer_parts(model).attention + whole - biases
 
 
 def active_matrices(model: Model) -> int:

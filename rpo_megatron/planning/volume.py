@@ -50,7 +50,8 @@ def volumes(model: Model, layout: Layout, row: Row, *, width: int) -> Volume:
     tokens = row.tokens / layout.context
     hidden = tokens * width * shape.hidden_size
     query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    heads = tokens * width * (2 * query + 2 * key) / layout.tensor
+    value, result = shape.num_kv_heads * shape.value_dim, shape.num_heads * shape.value_dim
+    heads = tokens * width * (query + key + value + result) / layout.tensor
     chosen = shape.experts.per_token if shape.experts else 0
     numbers = trained_numbers(model, layout, 0)
     gradients = 4 * (numbers.dense * ring(layout.shards) + numbers.expert * ring(layout.expert_shards))

@@ -129,12 +129,12 @@ def load_weights(model: Model, source: Source, groups: Groups, *, seed: int | No
     An adapter is merged into its base. Raises UserError for a value head without a seed, and for a reward model where a
     language model is wanted.
     """
-    head = read_shape(source.hf).head
-    _check_head(source, head, model, may_draw=seed is not None)
     if source.adapter is not None:
         load_adapted(model, source, source.base(), groups, seed=seed)
         merge(model)
         return
+    head = read_shape(source.hf).head
+    _check_head(source, head, model, may_draw=seed is not None)
     if source.kind == "huggingface":
         load_hf(model, str(source.path), groups, head=head)
     else:
@@ -148,6 +148,7 @@ def load_adapted(model: Model, source: Source, base: Source, groups: Groups, *, 
     """Fill a model from the base of an adapter, and give it the adapter of the checkpoint `source`. Arguments and
     errors as those of load_weights; `base` is trusted to be the adapter's."""
     assert source.adapter is not None
+    _check_head(source, read_shape(source.hf).head, model, may_draw=seed is not None)
     # A value head that the base lacks is in the checkpoint, if it is a reward model's.
     load_weights(model, base, groups, seed=0 if seed is None else seed)
     attach(model, Adapter.of(source.adapter))

@@ -16,6 +16,7 @@ from rpo_megatron.model.hf_io import HFWriter
 from rpo_megatron.model.lora_io import write_peft
 from rpo_megatron.model.shape import check_layout, num_parameters, read_shape
 from rpo_megatron.model.source import Source, find, read_state
+from rpo_megatron.model.table import HF_EXPERT_BIAS
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training import checkpoint
 from rpo_megatron.training.checkpoint import HF_DTYPES, RunState, load_adapted, load_weights
@@ -69,6 +70,11 @@ def _export_adapter(model: Model, config: ExportConfig, source: Source, *, dtype
     on_leader(lambda: _complete(staging, directory))
     if groups.leads:
         print(f"exported the adapter {source.path} of {base.path} -> {config.save}")
+        if base.kind == "checkpoint":
+            print(
+                f"PEFT needs this base as a Hugging Face directory: `rpo export {base.path} save=DIR`, and DIR as "
+                f"base_model_name_or_path in adapter_config.json"
+            )
 
 
 def _complete(staging: Path, directory: Path) -> None:
@@ -86,7 +92,7 @@ def write_hf(model: Model, config: ExportConfig, companions: Path, *, dtype: str
     else:
         with HFWriter(config.save, max_shard_bytes=int(config.max_shard_gb * 1e9)) as writer:
             for name, tensor in tensors:
-                writer.add(name, tensor.to(getattr(torch, dtype)))
+                writer.add(name, tensor if name.endswith(HF_EXPERT_BIAS) else tensor.to(getattr(torch, dtype)))
             copy_companions(companions, writer.staging, dtype=dtype, head=model.shape.head)
     barrier()  # all wait until the directory has its name
 

@@ -37,10 +37,11 @@ def model(plan: Plan) -> str:
     check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, virtual=parallel.virtual)
     embeddings = "tied" if shape.tied_embeddings else "untied"
     head = "value head (reward model)" if shape.head == "value" else f"{embeddings} embeddings"
+    further = f"; without the last {shape.further_layers}, for further tokens" if shape.further_layers else ""
     return (
         f"{shape.family}, {num_parameters(shape):,} parameters, {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads} heads ({shape.num_kv_heads} kv), vocabulary {shape.vocab_size} (padded to "
-        f"{padded_vocab(shape)}), {head}"
+        f"{padded_vocab(shape)}), {head}{further}"
     )
 
 

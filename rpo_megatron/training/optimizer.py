@@ -34,6 +34,7 @@ def build_optimizer(config: OptimizerConfig, model: Any, precision: Precision) -
     """fp32 master weights and moments, sharded over the data-parallel ranks."""
     compat.use_optimizer(choose_optimizer(config))
     compat.clip_in_place()
+    compat.save_buckets_in_place()
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -69,12 +70,18 @@ def load_state(optimizer: Any, loaded: dict[str, Any]) -> None:
     """Master weights, moments and the count of updates come from a checkpoint; every knob stays as this run has it.
 
     Megatron would take Adam's constants from the checkpoint as well, and from 0.17 on it knows a group of parameters by
-    its largest and smallest learning rate: with another one it would find none.
+    its largest and smallest learning rate: with another one it would find none. And what it saves of groups is what the
+    first process has: no count for those that are empty there, as those of experts where its layers have none.
     """
     own = [{name: value for name, value in group.items() if name in _KNOBS} for group in optimizer.param_groups]
     limits = {name: own[0][name] for name in ("max_lr", "min_lr") if name in own[0]}
-    for group in _param_groups(loaded):
+    groups = list(_param_groups(loaded))
+    updates = {group["step"] for group in groups if "step" in group}
+    assert len(updates) < 2, "all groups are updated together"
+    for group in groups:
         group |= limits
+        if updates:
+            group["step"] = max(updates)
     with torch.no_grad():
         optimizer.load_state_dict(loaded)
     for group, knobs in zip(optimizer.param_groups, own, strict=True):

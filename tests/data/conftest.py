@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rpo_megatron.data.parts import LLAMA_3
 from rpo_megatron.data.tokenizer import Tokenizer
 
 CORPUS = [
@@ -50,6 +51,28 @@ def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("chat_tokenizer")
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A Llama-3-like tokenizer: its pre-tokenization, a BOS that templates write, not the tokenizer."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    path = tmp_path_factory.mktemp("bos_tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return Tokenizer(str(path))
 
 
 @pytest.fixture(scope="session")

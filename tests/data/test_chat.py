@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rpo_megatron.config_verbs import PrepareConfig
@@ -237,18 +237,23 @@ def one_by_one(tokenizer: Tokenizer, prompt: str, wholes: list[str]) -> tuple[li
 
 
 TEXT = st.lists(
-    st.sampled_from(["a", "one", " ", "\n", "日", "?", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]), max_size=6
+    st.sampled_from(["a", "one", "one two", "? ", " ", "\n", "日", "?", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]),
+    max_size=6,
 ).map("".join)
 
 
+@example(groups=[("<s>one two", ["<s>one", "</s>one two", " a"]), ("one two", ["<s>", "a", "one a? b"])])
 @settings(deadline=None, max_examples=60)
 @given(groups=st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=2, max_size=3)), min_size=1, max_size=5))
 def test_many_groups_in_one_call(
-    chat_tokenizer: Tokenizer, sentencepiece_tokenizer: Tokenizer, groups: list[tuple[str, list[str]]]
+    chat_tokenizer: Tokenizer,
+    bos_tokenizer: Tokenizer,
+    sentencepiece_tokenizer: Tokenizer,
+    groups: list[tuple[str, list[str]]],
 ) -> None:
     """Against lists, a text at a time: a border that is off by one, a BOS or a merged response that goes to a
-    neighbour, a prefix that is found in the tokens of the next text."""
-    for tokenizer in (chat_tokenizer, sentencepiece_tokenizer):
+    neighbour, a prefix that is found in the tokens of the next text, a prompt that is cut in the wrong place."""
+    for tokenizer in (chat_tokenizer, bos_tokenizer, sentencepiece_tokenizer):
         chat = Chat(tokenizer, None)
         usable = [(p, r) for p, r in groups if tokenizer.adds_bos or tokenizer.encode([p])[0]]
         raws = [raw(prompt, *responses) for prompt, responses in usable]

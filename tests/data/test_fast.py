@@ -46,14 +46,17 @@ class StandIn:
         raise ValueError("only byte_fallback models are supported")
 
     def encode_batch(self, texts: list[str], *, parallel: bool) -> SimpleNamespace:
-        assert not parallel
-        type(self).calls += 1
-        encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [type(self).change(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+        ids = self.encode_batch_list(texts, parallel=parallel)
         offsets = np.cumsum([0, *map(len, ids)])
         content = np.array([i for row in ids for i in row], dtype=np.uint32)
         layout = SimpleNamespace(content=SimpleNamespace(data=content), offsets=SimpleNamespace(data=offsets))
         return SimpleNamespace(layout=layout)
+
+    def encode_batch_list(self, texts: list[str], *, parallel: bool) -> list[list[int]]:
+        assert not parallel
+        type(self).calls += 1
+        encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return [type(self).change(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def lose_one(text: str, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (swap_two, r"gigatoken gives other tokens: .* of 'what is 3 one 3 two"),
+        (swap_two, r"gigatoken gives other tokens: .* of ' one 3 two"),
         (merge_specials, r"gigatoken gives other tokens: .*<\|im_end\|>"),
         (lose_one, "gigatoken gives other tokens: .*日"),
     ],

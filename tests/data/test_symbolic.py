@@ -49,6 +49,7 @@ DEPENDENT = [
     *(f"{{{{ {C} | replace('n', 'm') }}}}", f"{{{{ 'none' | replace({C}, 'm') }}}}", f"{{{{ {C} is sequence }}}}"),
     *(f"{{% filter upper %}}{{{{ {C} }}}}{{% endfilter %}}", f"{{{{ {C} * 2 }}}}", f"{{{{ {{{C}: 1}} }}}}"),
     *("{% for c in " + C + " %}{{ c }}.{% endfor %}", f"{{{{ dict(a={C}) }}}}", f"{{{{ {C}.strip('o') }}}}"),
+    *(f"{{{{ 'one' | trim({C}) }}}}", f"{{{{ 'one'.strip({C}) }}}}"),
     *(f"{{{{ '{{}}'.format({C}) | length }}}}", f"{{{{ {C} | e }}}}", f"{{{{ {C} is eq 'one' }}}}"),
     *(
         "{{ messages[0].content == messages[-1].content }}",

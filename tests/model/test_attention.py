@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpo_megatron.model.attention import ATTENTION, AttentionName, layer_attention
+from rpo_megatron.model.attention import ATTENTION, AttentionName, attend_padded, layer_attention
 from rpo_megatron.model.row import Segments
 from tests.model.test_hf import tiny_shape
 
@@ -103,6 +103,21 @@ def test_equals_dense_attention(name: AttentionName, row: tuple[list[int], list[
     want = results(None, wide, Segments(lengths=lengths, prompts=prompts))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_narrow_values(name: AttentionName) -> None:
+    """Catches zeros that reach the result, or gradients of values that miss some of their numbers: heads whose values
+    have fewer numbers than their keys, as latent attention has them."""
+    segments = Segments(lengths=[5, 3, 4, 6], prompts=[-1, 0, 0, -1])
+    query, key, value, grad = tensors(18, groups=4, dtype=torch.float32)
+    inputs = [query, key, *(tensor[..., :5].detach().requires_grad_() for tensor in (value, grad))]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    *qkv, grad = inputs
+    output = attend_padded(partial(ATTENTION[name], scale=1 / math.sqrt(HEAD)), *qkv, segments)
+    got = [output, *torch.autograd.grad(output, qkv, grad)]
+    for one, other in zip(got, results(None, wide, segments), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

@@ -19,11 +19,12 @@ from tests import tiny
         ({"dtype": "float32"}, {"dtype": "bfloat16"}),
         ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
         ({}, {"torch_dtype": "bfloat16"}),
+        ({"num_nextn_predict_layers": 1}, {"torch_dtype": "bfloat16", "num_nextn_predict_layers": 0}),
     ],
 )
 def test_companions(tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
     """A model without its tokenizer or chat template, weights of the source copied along, a config.json that still
-    declares the old dtype."""
+    declares the old dtype, or layers that are not exported."""
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "additional_chat_templates").mkdir(parents=True)
     target.mkdir()

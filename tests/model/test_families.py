@@ -1,13 +1,17 @@
 """What each family's config.json means: windows, rotary bases, experts; both spellings, and the published sizes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.parts import Experts, Latent
 from rpo_megatron.model.rope import RopeScaling
-from rpo_megatron.model.shape import Experts, check_layout, num_parameters
+from rpo_megatron.model.shape import check_layout, num_parameters
+from rpo_megatron.planning.models import find_model
 from tests.model.test_shape import LLAMA_31, QWEN_25, read
 
 GEMMA_3 = {
@@ -122,6 +126,43 @@ def test_shared_expert(tmp_path: Path) -> None:
     assert [windows.window(layer) for layer in (0, 1, 20, 21, 22, 23)] == [32768, None, 32768, None, None, None]
     with pytest.raises(UserError, match="5632 feed-forward columns of the shared expert"):
         check_layout(replace(shape, num_heads=48, num_kv_heads=48, ffn_size=48), tensor=3, pipeline=1)
+
+
+def test_latent_attention_and_biased_routers() -> None:
+    """deepseek-ai/DeepSeek-V3: rotated and other numbers of a head exchanged, mscale on the scores forgotten or taken
+    once, both shared experts of Moonlight counted as one, groups of experts where there is one."""
+    shape = find_model("deepseek-v3").shape
+    assert shape.latent == Latent(
+        query_rank=1536, kv_rank=512, plain_dim=128, rotary_dim=64, value_dim=128, interleaved=True
+    )
+    assert (shape.head_dim, shape.value_dim, shape.rotary_dim) == (192, 128, 64)
+    assert shape.attention_scale == pytest.approx((0.1 * math.log(40) + 1) ** 2 / math.sqrt(192))
+    assert shape.rope_scaling is not None
+    assert shape.rope_scaling.attention_factor == 1.0
+    routed: dict[str, Any] = {"normalise": True, "biased": True}
+    assert shape.experts == Experts(
+        **{"count": 256, "per_token": 8, "ffn_size": 2048, "dense_layers": (0, 1, 2), "shared_ffn_size": 2048},
+        **{**routed, "groups": 8, "chosen_groups": 4, "scale": 2.5},
+    )
+    moonlight = find_model("moonlight-16b-a3b").shape
+    assert moonlight.experts == Experts(
+        **{"count": 64, "per_token": 6, "ffn_size": 1408, "dense_layers": (0,), "shared_ffn_size": 2816},
+        **{**routed, "scale": 2.446},
+    )
+    assert moonlight.latent is not None
+    assert moonlight.latent.query_rank is None
+    assert moonlight.attention_scale == 192**-0.5
+
+
+def test_deepseek_agrees_with_transformers(tmp_path: Path) -> None:
+    """A default for a key left out that transformers reads otherwise."""
+    transformers = pytest.importorskip("transformers")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps")
+    bare = {key: QWEN_15_MOE[key] for key in sizes} | {"vocab_size": 509, "num_attention_heads": 128}
+    ours = read(tmp_path, {"model_type": "deepseek_v3", **bare}, num_mtp_layers=1)
+    theirs = transformers.DeepseekV3Config(**bare).to_dict()
+    assert read(tmp_path, theirs, rope_interleave=True) == ours
+    assert ours.further_layers == 1
 
 
 def test_window_rules(tmp_path: Path) -> None:

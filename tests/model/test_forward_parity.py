@@ -46,6 +46,12 @@ MODELS: dict[str, dict[str, Any]] = {
         **tiny.FAMILIES["qwen3_moe"],
         **{"norm_topk_prob": False, "num_experts_per_tok": 3, "mlp_only_layers": [], "decoder_sparse_step": 2},
     },
+    "qwen3 yarn": {**tiny.QWEN3, "rope_scaling": {**tiny.YARN, "mscale": None, "truncate": False}},
+    "deepseek_v3, queries at once, halves, any group": {
+        **tiny.FAMILIES["deepseek_v3"],
+        **{"q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3},
+        **{"v_head_dim": 12, "rope_scaling": None},
+    },
     "gemma3_text without scaling": {**tiny.FAMILIES["gemma3_text"], "rope_scaling": None},
 }
 
@@ -109,13 +115,15 @@ def test_loss_and_gradients_equal_plain_torch(tmp_path: Path, name: str) -> None
     expected = gradients_by_file_name(policy, tmp_path / "gradients")
     assert outcome.gradients.keys() == expected.keys()
     for key, gradient in expected.items():
-        assert (outcome.gradients[key] - gradient).norm() < 3e-5 * gradient.norm(), key
+        assert (outcome.gradients[key] - gradient).norm() <= 3e-5 * gradient.norm(), key
 
 
 def gradients_by_file_name(model: Any, directory: Path) -> dict[str, torch.Tensor]:
     """Saved as if they were the weights, which gives them the names that weights have in files."""
     for parameter in model.parameters():
         parameter.data = parameter.grad
+    for buffer in model.buffers():  # a router's bias, which has none
+        buffer.zero_()
     model.save_pretrained(directory)
     return load_file(directory / "model.safetensors")
 

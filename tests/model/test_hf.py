@@ -17,7 +17,7 @@ from rpo_megatron.model.companions import copy_companions
 from rpo_megatron.model.hf import check_accounted, load_shards, merge, shard
 from rpo_megatron.model.hf_io import HFReader, HFWriter
 from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, read_shape
-from rpo_megatron.model.table import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT, Entry, entries
+from rpo_megatron.model.table import EMBEDDING, HF_EMBEDDING, HF_EXPERT_BIAS, HF_OUTPUT, OUTPUT, Entry, entries
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,6 +30,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 QWEN_MOE = {"moe_intermediate_size": 20, "mlp_only_layers": [0]}
+DEEPSEEK = {
+    **{"num_key_value_heads": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 10, "kv_lora_rank": 6},
+    **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -39,6 +44,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 6}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 3}),
     "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 6, "num_experts": 3, "num_experts_per_tok": 2, **QWEN_MOE}),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
+    "deepseek_v3, queries at once": ("DeepseekV3Config", {**DEEPSEEK, "q_lora_rank": None}),
     "phi3": ("Phi3Config", {"pad_token_id": 3, "eos_token_id": 2}),
     "nemotron": ("NemotronConfig", {"head_dim": 8}),
     "gemma2": ("Gemma2Config", {"head_dim": 6}),
@@ -59,7 +66,7 @@ def save_model(directory: Path, name: str, **save: Any) -> Any:
     kind, changes = MODELS[name]
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8)
     sizes |= dict(num_key_value_heads=4, vocab_size=509, max_position_embeddings=64)
-    config = getattr(transformers, kind)(**sizes, **changes)
+    config = getattr(transformers, kind)(**{**sizes, **changes})
     torch.manual_seed(0)
     model = auto_class(name).from_config(config)
     for parameter in model.parameters():  # norms and biases start as ones and zeros, which would hide a swap
@@ -102,7 +109,8 @@ def test_round_trip(model_dir: Path, tp_size: int) -> None:
             back |= merge(entry, shards, shape)
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
-    assert sum(t.numel() for t in original.values()) == num_parameters(shape)
+    trained = [tensor for name, tensor in original.items() if not name.endswith(HF_EXPERT_BIAS)]
+    assert sum(tensor.numel() for tensor in trained) == num_parameters(shape)
 
 
 @settings(deadline=None, max_examples=30)
@@ -272,6 +280,18 @@ def test_what_may_be_there_besides(tmp_path: Path) -> None:
         check_accounted(reader, shape)
     extra[HF_OUTPUT][-1, -1] += 1
     assert "tie_word_embeddings=true, but lm_head.weight differs" in rewrite(tmp_path, **extra)
+
+
+def test_layers_for_further_tokens_are_passed_over(tmp_path: Path) -> None:
+    """DeepSeek-V3's files refused for the layer after the last that config.json announces, or one accepted that it does
+    not."""
+    save_model(tmp_path, "deepseek_v3")
+    file, further = tmp_path / "model.safetensors", {"model.layers.2.eh_proj.weight": torch.zeros(2)}
+    save_file({**load_file(file), **further}, file, metadata={"format": "pt"})
+    with HFReader(tmp_path) as reader:
+        check_accounted(reader, read_shape(tmp_path))
+        with pytest.raises(UserError, match=r"1 not part of a deepseek_v3 model: model\.layers\.2\.eh_proj\.weight"):
+            check_accounted(reader, replace(read_shape(tmp_path), further_layers=0))
 
 
 # ------------------------------------------------------------------------------------------------ the whole way

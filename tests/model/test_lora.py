@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "joined in the files": ("phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], {}),
     "norms behind": ("gemma2", ALL, {}),
     "attention of experts": ("qwen3_moe", ["q_proj", "o_proj"], {}),
+    "latent attention": ("deepseek_v3", ["q_b_proj", "kv_b_proj", "o_proj"], {}),
 }
 
 
@@ -65,7 +66,8 @@ def weighted(logp_N: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_same_numbers_and_gradients_as_peft(tmp_path: Path, groups: Groups, case: str) -> None:
     """Catches an A that is taken for its neighbour's, rows of B in another order than those of the joined matrix, a
-    wrong scale, a matrix that is left out, a merge that differs from what was trained, and a base that is touched."""
+    wrong scale, a matrix that is left out, a merge that differs from what was trained or leaves something frozen, and
+    a base that is touched."""
     family, targets, options = CASES[case]
     base = tiny.write_model(tmp_path / "base", **tiny.FAMILIES[family])
     directory = peft_models.write_adapter(tmp_path / "adapter", base, targets=targets, **options)
@@ -83,10 +85,13 @@ def test_same_numbers_and_gradients_as_peft(tmp_path: Path, groups: Groups, case
     before = {name: parameter.detach().clone() for name, parameter in global_parameters(load(base, groups)).items()}
     assert all(torch.equal(tensor, global_parameters(ours)[name]) for name, tensor in before.items())
     merge(ours)
+    models = ours, load(base, groups)
+    merged_trains, base_trains = ({name for name, p in m.named_parameters() if p.requires_grad} for m in models)
+    assert merged_trains == base_trains
     torch.testing.assert_close(our_logps(ours), expected, rtol=1e-4, atol=1e-4)
     merged = theirs.merge_and_unload().state_dict()
     for name, tensor in gather_hf(ours, groups):
-        if family != "qwen3_moe":  # transformers joins the experts
+        if ".experts." not in name:  # transformers joins them
             torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
 
 
@@ -204,7 +209,7 @@ def test_table(tmp_path: Path, name: str, tp_size: int) -> None:
     """Catches parts of a tensor rank that, put together, are not the whole: for all families and both ways."""
     shape = read_shape(tiny.write_model(tmp_path, **tiny.FAMILIES[name]))
     rows = adapter_entries(shape, Adapter(rank=3, alpha=3, targets=possible_targets(shape)))
-    assert len(rows) == 2 * shape.num_layers * (2 if shape.experts else 4)
+    assert len(rows) == 2 * shape.num_layers * (3 if shape.latent else 2 if shape.experts else 4)
     for entry in rows:
         tensors = {n: torch.randn(size) for n, size in entry.tensors.items()}
         parts = [shard(entry, tensors.__getitem__, shape, tp_rank=r, tp_size=tp_size) for r in range(tp_size)]

@@ -113,7 +113,7 @@ def test_transformers_5_style(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA_31, **new) == LLAMA_31_SHAPE
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3", "gemma3_text"}))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3", "gemma3_text", "deepseek_v3"}))
 @pytest.mark.parametrize("style", ["rope_parameters", "rope_scaling"])
 def test_agrees_with_transformers(tmp_path: Path, family: str, style: str) -> None:
     """Any value, in particular a default for a key left out, that transformers reads otherwise."""
@@ -200,13 +200,15 @@ def test_head_of_other_configs(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ refusals
 
+DEEPSEEK = {"model_type": "deepseek_v3", "num_key_value_heads": 32}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"model_type": "deepseek_v3"},
-            r"model_type 'deepseek_v3' .*\(.*latent attention.*supported are llama, mistral",
+            {"model_type": "deepseek_v2"},
+            r"model_type 'deepseek_v2' .*\(.*groups of experts.*supported are llama, mistral",
         ),
         ({"model_type": "bloom"}, "model_type 'bloom' is not supported; supported are llama, mistral"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
@@ -229,8 +231,14 @@ def test_head_of_other_configs(tmp_path: Path) -> None:
             {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"type": "linear"}}},
             "in sliding_attention",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'.*default, linear, llama3, longrope"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' needs 'factor'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'.*default, linear, llama3, longrope, yarn"),
+        ({"model_type": "deepseek_v3"}, "num_key_value_heads=8 must be num_attention_heads"),
+        ({**DEEPSEEK, "v_head_dim": 193}, "v_head_dim=193 is more than the 192 numbers of a key"),
+        ({**DEEPSEEK, "qk_rope_head_dim": 63}, "qk_rope_head_dim=63"),
+        ({**DEEPSEEK, "norm_topk_prob": False}, "norm_topk_prob=true"),
+        ({**DEEPSEEK, "n_group": 7}, "n_group=7, topk_group=4: 8 of 256 experts"),
+        ({**DEEPSEEK, "topk_group": 2}, "by its best two, megatron by its best 4"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs 'low_freq_factor'"),
         ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "layer to layer"),

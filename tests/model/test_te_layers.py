@@ -7,6 +7,7 @@ import torch
 
 from rpo_megatron.config import KernelsConfig, ParallelConfig
 from rpo_megatron.distributed import start, stop
+from rpo_megatron.errors import UserError
 from rpo_megatron.model.build import ScoringModel, build
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.model.source import find
@@ -19,6 +20,7 @@ from tests.model.rows import random_rows
 from tests.model.te_stand_in import stand_in
 
 MODELS = {"tied": {"tie_word_embeddings": True}, **tiny.FAMILIES}
+LATENT = MODELS.pop("deepseek_v3")
 
 
 def model_of(directory: Path, layers: str) -> ScoringModel:
@@ -53,6 +55,14 @@ def test_same_parameters_and_same_numbers(tmp_path: Path, name: str) -> None:
     exported = [dict(gather_hf(model, start(ParallelConfig()))) for model in (own, te)]
     assert exported[0].keys() == exported[1].keys()
     assert all(torch.equal(tensor, exported[1][key]) for key, tensor in exported[0].items())
+    stop()
+
+
+def test_latent_attention_is_refused(tmp_path: Path) -> None:
+    """A run with FP8 whose layers are megatron's without a word, or a traceback."""
+    tiny.write_model(tmp_path, **LATENT)
+    with pytest.raises(UserError, match=r"deepseek_v3: .*set kernels\.layers=megatron and fp8\.recipe=none"):
+        model_of(tmp_path, "transformer_engine")
     stop()
 
 

@@ -167,7 +167,7 @@ def _gradients(policy: Any, groups: Groups) -> dict[str, torch.Tensor]:
     """Put each gradient in its weight's place and export as if they were weights, then put the weights back."""
     weights = [parameter.detach().clone() for parameter in policy.parameters()]
     for parameter in policy.parameters():
-        parameter.data.copy_(parameter.main_grad)
+        parameter.data.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
     gathered = {name: tensor.clone() for name, tensor in gather_hf(policy, groups) if tensor.numel()}
     for parameter, weight in zip(policy.parameters(), weights, strict=True):
         parameter.data.copy_(weight)

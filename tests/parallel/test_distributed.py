@@ -1,5 +1,6 @@
 """The collectives that are ours."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ from tests.parallel import launch
 
 
 def places() -> list[Any]:
-    """One process's place in tensor 2 x data 2; groups cannot be pickled."""
+    """One process's place in tensor 2 x data 2 (groups cannot be pickled), and how many threads it has more than with
+    the groups of the layout before."""
+    start(ParallelConfig())
+    before = threads()
     groups = start(ParallelConfig(tensor=2))
-    return [groups.tp.rank, groups.pp.rank, groups.dp.rank, groups.speaks_for_data]
+    return [groups.tp.rank, groups.pp.rank, groups.dp.rank, groups.speaks_for_data, threads() - before]
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def leader_results() -> list[str]:
@@ -36,8 +44,10 @@ def _raise(error: Exception) -> None:
 
 @pytest.mark.parallel
 def test_places_and_leader(tmp_path: Path) -> None:
-    """Catches an axis order other than megatron's, and ranks left waiting when the leader fails over a file."""
+    """Catches an axis order other than megatron's, groups of another layout that live on with dozens of threads, and
+    ranks left waiting when the leader fails over a file."""
     found = launch.run("tests.parallel.test_distributed:places", processes=4, directory=tmp_path / "a")
+    assert max(place.pop() for place in found) < 20
     assert found == [[0, 0, 0, True], [1, 0, 0, False], [0, 0, 1, True], [1, 0, 1, False]]
     first, second = launch.run("tests.parallel.test_distributed:leader_results", processes=2, directory=tmp_path / "b")
     user = ["from rank 0", "UserError: no such file", "UserError: disk full"]

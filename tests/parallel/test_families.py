@@ -1,6 +1,7 @@
 """One process == N processes for every model family: log-probs, loss, gradient norm and every gradient, in fp32."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -32,9 +33,10 @@ CASES = [
     *((name, CP_PP) for name in ("gemma2", "gemma3_text", "qwen3_moe")),
     *((name, DP) for name in ("mixtral", "qwen3_moe")),
     *((name, layout) for name in ("mixtral", "qwen3_moe") for layout in EXPERTS),
-    *(("qwen2_moe", layout) for layout in (CP_PP, EXPERTS[-1])),
+    *((name, layout) for name in ("qwen2_moe", "deepseek_v3") for layout in (CP_PP, EXPERTS[-1])),
     *(("grouped experts", layout) for layout in (BOTH_SP, EXPERTS[-1])),
     *(("router losses", layout) for layout in (BOTH_SP, *EXPERTS[-2:])),
+    ("a stage without experts", Layout(expert=2, pipeline=2)),
 ]
 
 
@@ -42,11 +44,14 @@ CASES = [
 def test_every_family_equals_one_process(tmp_path: Path) -> None:
     """Catches weights of a norm, an expert or a router whose gradient is not summed over the tensor ranks, a fused
     tensor cut in the wrong place, a window or rotary base that goes by the layer's number in its stage, experts of a
-    replica whose gradients stay there, a balance of experts over a part of a row. Grouped experts are stand-ins for
-    Transformer Engine's (tests/model/te_stand_in.py)."""
+    replica whose gradients stay there, a balance of experts over a part of a row, a rank that waits for the numbers of
+    another's routers because it has none. Grouped experts are stand-ins for Transformer Engine's
+    (tests/model/te_stand_in.py)."""
     tiny.write_store(tmp_path / "train", num_groups=12)
     overrides = {name: _write(tmp_path, name) for name in tiny.FAMILIES}
     overrides["router losses"] = [*overrides["mixtral"], "moe.aux_loss=0.5", "moe.z_loss=0.1"]
+    dense = tiny.write_model(tmp_path / "dense", **{**tiny.FAMILIES["qwen2_moe"], "mlp_only_layers": [0, 1]})
+    overrides["a stage without experts"] = [*overrides["router losses"], f"model.path={dense}"]
     overrides["grouped experts"] = [*overrides["qwen2_moe"], "kernels.layers=transformer_engine"]
     alone = jobs.outcomes(str(tmp_path), [(ONE, own) for own in overrides.values()])
     expected = dict(zip(overrides, alone, strict=True))
@@ -70,7 +75,7 @@ def test_families_come_back_bit_for_bit(tmp_path: Path) -> None:
     """Catches a checkpoint in which layers with and without experts overwrite each other, or an export that puts the
     parts of a fused tensor or an expert together wrongly: imported in one process, exported by four, the files must be
     those of the start."""
-    names = ["qwen3_moe", "qwen2_moe", "phi3", "nemotron", "gemma3_text"]
+    names = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "phi3", "nemotron", "gemma3_text"]
     for name in names:
         tiny.write_model(tmp_path / name, **tiny.FAMILIES[name])
         saved = str(tmp_path / f"{name}-checkpoint")
@@ -82,11 +87,15 @@ def test_families_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize(("name", "expert"), [("qwen3_moe", 1), ("qwen2_moe", 2), ("gemma3_text", 1)])
-def test_training_goes_on_in_another_layout(tmp_path: Path, name: str, expert: int) -> None:
-    """Catches moments of experts, routers or norms after a sublayer that a checkpoint loses or mixes up, and a reward
-    model of such a family that transformers scores otherwise."""
-    tiny.write_model(tmp_path / "lm", **tiny.FAMILIES[name])
+@pytest.mark.parametrize(
+    ("name", "expert", "changes"),
+    [("qwen3_moe", 1, {}), ("qwen2_moe", 2, {"mlp_only_layers": [0, 1]}), ("gemma3_text", 1, {})],
+)
+def test_training_goes_on_in_another_layout(tmp_path: Path, name: str, expert: int, changes: dict[str, Any]) -> None:
+    """Catches moments of experts, routers or norms after a sublayer that a checkpoint loses or mixes up, updates of
+    experts that nobody counts because the first stage has none, and a reward model of such a family that transformers
+    scores otherwise."""
+    tiny.write_model(tmp_path / "lm", **{**tiny.FAMILIES[name], **changes})
     layouts = [ParallelConfig(expert=expert), ParallelConfig(tensor=2, sequence=True, expert=expert)]
     save = ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=expert)
     saved, *resumed = on_four("save_and_load", tmp_path, save=save, layouts=layouts)

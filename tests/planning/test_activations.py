@@ -49,7 +49,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES["qwen2_moe"] = {**FAMILIES["qwen3_moe"], "model_type": "qwen2_moe", "shared_expert_intermediate_size": 96}
-WITHIN = {"llama": 0.01, "qwen3": 0.01, "qwen3_moe": 0.05, "qwen2_moe": 0.05}
+FAMILIES["deepseek_v3"] = {
+    **{"model_type": "deepseek_v3", "num_key_value_heads": 8, "n_routed_experts": 8, "num_experts_per_tok": 2},
+    **{"n_group": 1, "topk_group": 1, "moe_intermediate_size": 48, "first_k_dense_replace": 0},
+    **{"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+}
+FAMILIES["deepseek_v3, queries at once"] = {**FAMILIES["deepseek_v3"], "q_lora_rank": None, "v_head_dim": 24}
+WITHIN = {"llama": 0.01, "qwen3": 0.01, **dict.fromkeys(list(FAMILIES)[2:], 0.05)}
 
 
 @pytest.fixture
@@ -122,6 +128,10 @@ def saved_bytes(
         ("qwen3", "merged", True),
         ("qwen3_moe", "merged", True),
         ("qwen2_moe", "merged", True),
+        ("deepseek_v3", "merged", True),
+        ("deepseek_v3", "sdpa", True),
+        ("deepseek_v3, queries at once", "merged", True),
+        ("deepseek_v3, queries at once", "sdpa", False),
     ],
 )
 def test_kept_for_backward(

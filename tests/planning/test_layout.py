@@ -41,6 +41,8 @@ def test_public_counts() -> None:
     assert counts["llama-3.1-70b"] == 70_553_706_496
     assert counts["llama-3.1-405b"] == 405_853_388_800
     assert counts["qwen3-235b-a22b"] == 235_093_634_560
+    assert counts["deepseek-v3"] == 671_026_419_200 - 58 * 256  # without the routers' biases
+    assert count_active(find_model("DeepSeek-V3")) == pytest.approx(37e9, rel=2e-2)
     assert count_active(find_model("Qwen3-235B-A22B")) == pytest.approx(22.2e9, rel=2e-3)
     assert count_active(find_model("llama-3.1-8b")) == counts["llama-3.1-8b"]
 
@@ -103,7 +105,7 @@ EVEN = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, 
 """Sizes that are all multiples of 128: megatron's buffers need no padding."""
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bytes_of_megatrons_buffers(
     tmp_path: Path, groups: Groups, family: str, precision: Literal["fp32", "bf16"]
@@ -115,6 +117,7 @@ def test_bytes_of_megatrons_buffers(
         **EVEN,
         "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
+        **{"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
         "head_dim": 128 if family == "qwen3" else 64,
     }
     model = tiny_model(tmp_path, **even)
@@ -122,7 +125,8 @@ def test_bytes_of_megatrons_buffers(
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), ddp, precision)
     for parameter in ddp.parameters():
         parameter.data.normal_(0, 0.02)
-        parameter.main_grad.fill_(1.0)
+        if parameter.requires_grad:
+            parameter.main_grad.fill_(1.0)
     optimizer.step()
     setting = Setting(
         model=model, precision=precision, reference="stored", kernels=CPU, row=Row(tokens=1, scored=1), microbatches=1

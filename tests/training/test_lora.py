@@ -94,9 +94,11 @@ def size_of(run: Path) -> int:
     return sum(file.stat().st_size for file in run.glob("checkpoints/*/shards/*"))
 
 
-def test_what_is_exported_is_what_was_trained(tmp_path: Path, rpo: Rpo) -> None:
+def test_what_is_exported_is_what_was_trained(
+    tmp_path: Path, rpo: Rpo, fails: Rpo, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches an export that transformers and PEFT read as something else, a base that is lost or replaced, an
-    evaluation of the base, and rounds that begin at the wrong weights."""
+    evaluation of the base or of a value head that nobody trained, and rounds that begin at the wrong weights."""
     valid = f"data.valid={tiny.write_store(tmp_path / 'valid', num_groups=5, seed=2)}"
     rpo("train", *LORA, valid, "evaluation.every=3")
     merged, adapter = export(tmp_path, "run", "merged", "verify=true"), export(tmp_path, "run", "peft", "format=peft")
@@ -112,6 +114,8 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path, rpo: Rpo) -> None:
     assert evaluated[0]["loss"] == last["loss"] != records(tmp_path)[0]["loss"]
     assert evaluated[1]["loss"] == pytest.approx(last["loss"], rel=1e-5)
     assert evaluated[2]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    untrained = [*LORA, *REWARD_MODEL, valid, f"evaluation.checkpoint={tmp_path / 'run'}"]
+    assert "is no reward model" in fails("eval", *untrained)
     # Rounds: on from the adapter, of PEFT's or ours, against the base; or a new adapter of the merged, against that.
     new = f"run_dir={tmp_path / 'new'}"
     starts = [["lora.start=" + str(path)] for path in (adapter, tmp_path / "run")]
@@ -120,6 +124,8 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path, rpo: Rpo) -> None:
     merged_first = rpo("train", *LORA, new, f"model.path={tmp_path / 'run'}", "train.steps=1")
     assert "kl +0.0000" in merged_first
     assert peft_models.token_logps(peft_models.base_model(export(tmp_path, "new", "second")), rows).isfinite().all()
+    export(tmp_path, "new", "new.peft", "format=peft")
+    assert "PEFT needs this base as a Hugging Face directory" in capsys.readouterr().out
     (tmp_path / "model").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="its base is not where it was"):
         convert.export(ExportConfig(load=str(tmp_path / "run"), save=str(tmp_path / "x")))
