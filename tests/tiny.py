@@ -62,6 +62,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10},
         **{"routed_scaling_factor": 1.5, "rope_scaling": YARN, "rms_norm_eps": 1e-3},
     },
+    "gpt_oss": {
+        **{"model_type": "gpt_oss", "head_dim": 16, **EXPERTS, "sliding_window": 7, "swiglu_limit": 0.5},
+        **{"rope_scaling": {**YARN, "truncate": False}},
+    },
     "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, "pad_token_id": 0},
     "nemotron": {"model_type": "nemotron", "norm_eps": 1e-5, "hidden_act": "relu2", "head_dim": 8},
     "gemma2": {

@@ -30,6 +30,7 @@ from rpo_megatron.model.flex import build_mask, flex_attention
 from rpo_megatron.model.precision import check_transformer_engine
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.shape import ModelShape
+from rpo_megatron.model.sinks import attend_with_sink_key, shard_sinks, sink_parameter
 from rpo_megatron.model.te_attention import te_attention
 
 Attend = Callable[..., torch.Tensor]
@@ -55,6 +56,8 @@ def check_attention(name: AttentionName, shape: ModelShape, *, device: torch.dev
             f"{key} has no fused kernel for the soft-cap on attention scores that {shape.family} has; use "
             f"kernels.attention=flex or sdpa"
         )
+    if name == "te" and shape.sinks:
+        raise UserError(f"{key} does not know the sinks that {shape.family} has; use kernels.attention=auto")
     if name in ("merged", "te") and device.type == "cuda" and dtype != torch.bfloat16:
         raise UserError(f"{key} computes in bf16 on a GPU: set precision=bf16, or use kernels.attention=sdpa")
     if name == "te":
@@ -70,6 +73,7 @@ def segment_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A call per segment. A response that shares its prompt has the keys [prompt, response], joined for it, and a mask
     of response x (prompt + response) numbers, made once per row and used by all layers; so has a segment that is longer
@@ -85,9 +89,15 @@ def segment_attention(
             keys_i, values_i = torch.cat([keys[prompt], keys_i], 2), torch.cat([values[prompt], values_i], 2)
         seen = None if window is None or window >= keys_i.shape[2] else window
         if prompt >= 0 or seen is not None or softcap is not None:
-            mask = segments.mask(i, window=seen, dtype=query_T1hd.dtype, device=query_T1hd.device)
+            sinks = 0 if sink_h is None else 1
+            mask = segments.mask(i, window=seen, sinks=sinks, dtype=query_T1hd.dtype, device=query_T1hd.device)
         if softcap is not None:
+            assert sink_h is None
             outputs.append(_softcapped(queries[i], keys_i, values_i, mask, scale=scale, softcap=softcap))
+            continue
+        if sink_h is not None:
+            output = attend_with_sink_key(queries[i], keys_i, values_i, mask, sink_h, scale=scale)
+            outputs.append(output.permute(2, 0, 1, 3))
             continue
         output = F.scaled_dot_product_attention(
             queries[i],
@@ -123,20 +133,28 @@ def block_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """FlexAttention, with a mask that is made once per row for all layers of the same window."""
     if window not in segments.blocks:
         device = query_T1hd.device
         segments.blocks[window] = build_mask(segments.lengths, segments.prompts, device=device, window=window)
-    return flex_attention(query_T1hd, key_T1gd, value_T1gd, segments.blocks[window], scale=scale, softcap=softcap)
+    mask = segments.blocks[window]
+    return flex_attention(query_T1hd, key_T1gd, value_T1gd, mask, scale=scale, softcap=softcap, sink_h=sink_h)
 
 
 def merged_attention(
-    query_T1hd: torch.Tensor, key_T1gd: torch.Tensor, value_T1gd: torch.Tensor, segments: Segments, *, scale: float
+    query_T1hd: torch.Tensor,
+    key_T1gd: torch.Tensor,
+    value_T1gd: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Two merged passes, by the kernels of the device."""
     attend = merged_gpu.merged_attention if query_T1hd.is_cuda else merged.merged_attention
-    return attend(query_T1hd, key_T1gd, value_T1gd, segments, scale=scale)
+    return attend(query_T1hd, key_T1gd, value_T1gd, segments, scale=scale, sink_h=sink_h)
 
 
 ATTENTION: dict[AttentionName, Attend] = {
@@ -160,8 +178,10 @@ def layer_attention(name: AttentionName, shape: ModelShape, layer: int, *, scale
     if window is None:
         return plain
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-        return (plain if segments.longest <= window else masked)(query, key, value, segments)
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, **sinks: torch.Tensor
+    ) -> torch.Tensor:
+        return (plain if segments.longest <= window else masked)(query, key, value, segments, **sinks)
 
     return attend
 
@@ -199,6 +219,7 @@ class PackedAttention(MegatronModule):
         self.attend = layer_attention(attention, shape, layer_number - 1, scale=scale)
         if shape.value_dim != shape.head_dim:
             self.attend = partial(attend_padded, self.attend)
+        self.sinks = sink_parameter(config, shape) if shape.sinks else None
         if cp.size > 1:
             self.attend = partial(attend_over_heads, self.attend, cp=cp)
 
@@ -218,7 +239,10 @@ class PackedAttention(MegatronModule):
         if self.stretch != 1.0:  # of queries and keys alike: here both times of the queries
             turned, rest = query.tensor_split((self.rotary_dim,), dim=-1)
             query = torch.cat((turned * self.stretch, rest), dim=-1)
-        return self.attend(query, key, value, packed_seq_params).flatten(2)
+        sinks = {} if self.sinks is None else {"sink_h": self.sinks}
+        return self.attend(query, key, value, packed_seq_params, **sinks).flatten(2)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {}  # no parameters
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return {} if self.sinks is None else shard_sinks(self.sinks, prefix, sharded_offsets)

@@ -26,6 +26,7 @@ from rpo_megatron.model.chunks import Chunks, DataParallelChunks, chunks_of
 from rpo_megatron.model.context import sum_over_parts, whole_tokens
 from rpo_megatron.model.embedding import use_row_gradients
 from rpo_megatron.model.entropy import token_entropy
+from rpo_megatron.model.expert_bias import own_expert_biases
 from rpo_megatron.model.families import Activation
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
@@ -223,6 +224,8 @@ def build(
 
     model: Model = part(None) if groups.virtual == 1 else Chunks(map(part, range(groups.virtual)))
     fuse_swiglu(model, shape)
+    if shape.biases and shape.experts is not None:
+        own_expert_biases(model, groups.etp)
     compat.mark_sharded_weights(model)
     use_row_gradients(model)
     if groups.device.type == "cpu":
@@ -292,6 +295,8 @@ def _layers(
             f"{shape.family}: Transformer Engine's layers (kernels.layers=transformer_engine, fp8.recipe) are not "
             f"supported with latent attention; set kernels.layers=megatron and fp8.recipe=none"
         )
+    if shape.biases:
+        raise UserError(f"the biases of {shape.family} need kernels.layers=megatron, and fp8.recipe=none")
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
     return te_block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
@@ -302,7 +307,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """`fields` are further ones of megatron's."""
     dtype = DTYPES[precision]
-    return TransformerConfig(
+    config = TransformerConfig(
         **_architecture(shape),
         **_pipeline(chunk_layers(shape, groups.pp.size, groups.virtual), groups),
         **fields,
@@ -332,6 +337,9 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+    # Not before: megatron refuses biases of experts that are split over tensor ranks, which expert_bias.py sees to.
+    config.add_bias_linear = shape.biases
+    return config
 
 
 def _pipeline(chunks: tuple[int, ...], groups: Groups) -> dict[str, Any]:

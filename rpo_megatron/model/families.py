@@ -19,6 +19,14 @@ ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "g
 """By transformers' name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clamp:
+    """GPT-OSS's gate: with g = min(gate, limit) and u = up cut to [-limit, limit], g sigmoid(alpha g) (u + 1)."""
+
+    limit: float
+    alpha: float
+
+
 class HFRope(msgspec.Struct, kw_only=True):
     """The dict under rope_parameters (transformers 5) or rope_scaling (transformers 4)."""
 
@@ -94,6 +102,8 @@ class HFConfig(msgspec.Struct, kw_only=True):
     topk_group: Count = 1
     routed_scaling_factor: float = 1.0
     num_nextn_predict_layers: int = 0
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
 
 
 # ------------------------------------------------------------------------------------------------ windows
@@ -167,6 +177,9 @@ class ExpertNames:
     gate: str
     up: str
     down: str
+    router: str = "gate"
+    stacked: bool = False
+    """All experts of a layer are one tensor [expert, in, out]; gate and up are one, too, whose outputs take turns."""
     shared: str | None = None
     """There is one more, which computes every token; its name."""
     shared_gate: bool = False
@@ -182,6 +195,10 @@ class Family:
     class_prefix: str
     """Of the names of transformers' reward model classes, e.g. Llama in LlamaForSequenceClassification."""
     qkv_bias: bool = False
+    biases: bool = False
+    """Every matrix of a layer has a bias, also the router's and the experts'."""
+    sinks: bool = False
+    """In attention's softmax every head has one more term, which is learned and has no value."""
     qk_norm: bool = False
     fused: bool = False
     """Query, key and value are one tensor in the files, and so are gate and up."""
@@ -201,6 +218,10 @@ class Family:
     """Layers that see only the last `sliding_window` tokens, if config.json gives that number."""
     must_be_false: tuple[str, ...] = ()
     """Keys of config.json that this family reads and that we support only when they are false (or 0)."""
+    must_be_true: tuple[str, ...] = ()
+    """Keys that it takes for true where they are left out, and that we support only so."""
+    unquantise: str = "use the unquantised model"
+    """What to do about files with quantised weights."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Key of this family -> key of HFConfig that says the same."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -303,6 +324,36 @@ FAMILIES: Mapping[str, Family] = {
             "routed_scaling_factor": 2.5,
         },
     ),
+    "gpt_oss": Family(
+        class_prefix="GptOss",
+        qkv_bias=True,
+        biases=True,
+        sinks=True,
+        experts=ExpertNames(
+            block="mlp", gate="gate_up_proj", up="gate_up_proj", down="down_proj", router="router", stacked=True
+        ),
+        sliding=_every_other_layer,
+        must_be_true=("attention_bias",),
+        unquantise=(
+            "dequantise them to bf16 first: transformers' from_pretrained(..., dtype='bfloat16', "
+            "quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained"
+        ),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_limit": 7.0,
+        },
+    ),
     "phi3": Family(class_prefix="Phi3", fused=True, partial_rotary=True, sliding=_every_layer),
     "nemotron": Family(
         class_prefix="Nemotron",
@@ -329,7 +380,6 @@ FAMILIES: Mapping[str, Family] = {
 }
 REFUSED: Mapping[str, str] = {
     "gemma3": "it reads images; save its language model alone (model_type gemma3_text) and train that",
-    "gpt_oss": "its attention has a learned sink in every softmax, and its released weights are in mxfp4",
     "deepseek_v2": "its router takes the best groups of experts by a rule of its own; supported is deepseek_v3",
     "llama4": "it reads images, and its layers mix chunked attention with layers without positions",
     "gemma": "it is Gemma 1; supported are gemma2 and gemma3_text",

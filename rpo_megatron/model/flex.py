@@ -20,10 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 BLOCK = 128
+ASK_FOR_LSE: dict[str, Any] = (
+    {"return_aux": torch_flex.AuxRequest(lse=True)} if hasattr(torch_flex, "AuxRequest") else {"return_lse": True}
+)
+"""The log-sum-exp besides the result: from torch 2.9 on, and before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +77,10 @@ def flex_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[T, 1, h, d] of T = mask.num_tokens. With `softcap` scores s become softcap * tanh(s / softcap) (Gemma 2).
+    """[T, 1, h, d] of T = mask.num_tokens. With `softcap` scores s become softcap * tanh(s / softcap) (Gemma 2); with
+    `sink_h` each softmax has one more term (sinks.py).
 
     On a CPU, where FlexAttention has no backward, the whole score matrix is built: for tests.
     """
@@ -81,7 +88,8 @@ def flex_attention(
     padding = mask.blocks.seq_lengths[0] - mask.num_tokens
     query, key, value = (_heads_first(tensor, padding) for tensor in (query_T1hd, key_T1gd, value_T1gd))
     attend = _compiled() if query.is_cuda else _dense
-    out: torch.Tensor = attend(
+    asked = {} if sink_h is None else ASK_FOR_LSE
+    attended: Any = attend(
         query,
         key,
         value,
@@ -89,8 +97,16 @@ def flex_attention(
         score_mod=None if softcap is None else _softcap_mod(softcap),
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        **asked,
     )
+    out: torch.Tensor = attended if sink_h is None else _take_sink(attended, sink_h)
     return out[:, :, : mask.num_tokens].permute(2, 0, 1, 3)
+
+
+def _take_sink(attended: tuple[torch.Tensor, Any], sink_h: torch.Tensor) -> torch.Tensor:
+    out, beside = attended
+    lse: torch.Tensor = getattr(beside, "lse", beside)  # the former from torch 2.9 on
+    return (out * (lse - sink_h[:, None]).sigmoid()[..., None]).to(out.dtype)
 
 
 def _heads_first(tensor_T1hd: torch.Tensor, padding: int) -> torch.Tensor:
@@ -181,7 +197,8 @@ def _dense(
     score_mod: Callable[..., torch.Tensor] | None,
     scale: float,
     enable_gqa: bool,
-) -> torch.Tensor:
+    **asked: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """What FlexAttention computes, from the mask of single tokens alone."""
     if enable_gqa:
         repeats = query.shape[1] // key.shape[1]
@@ -191,5 +208,6 @@ def _dense(
         scores = score_mod(scores, None, None, None, None)
     at = torch.arange(query.shape[2])
     visible = block_mask.mask_mod(None, None, at[:, None], at)
-    out: torch.Tensor = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value.float()
-    return out.to(query.dtype)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    out: torch.Tensor = (scores.softmax(-1) @ value.float()).to(query.dtype)
+    return (out, scores.logsumexp(-1)) if asked else out

@@ -1,6 +1,6 @@
 """Hugging Face <-> megatron weights: a split and its inverse over tensor ranks, for every row of table.py."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -33,7 +33,8 @@ def shard(entry: Entry, read: Callable[[str], Any], shape: ModelShape, *, tp_ran
 
 def merge(entry: Entry, shards: list[torch.Tensor], shape: ModelShape) -> dict[str, torch.Tensor]:
     """The Hugging Face tensors of a megatron tensor, from all its tensor ranks' parts in order: the inverse of
-    `shard`, with vocabulary padding taken off. Of a replicated tensor the first rank's copy is used."""
+    `shard`, with vocabulary padding taken off. Of a replicated tensor the first rank's copy is used. What is stacked is
+    one expert's; see `stack_experts`."""
     if entry.split == "replicated":
         shards = shards[:1]
     blocks = _blocks(entry, shape, len(shards))
@@ -45,11 +46,33 @@ def merge(entry: Entry, shards: list[torch.Tensor], shape: ModelShape) -> dict[s
     for part, ranks in zip(entry.parts, zip(*cut, strict=True), strict=True):
         rows = torch.cat(ranks, dim=_split_dim(entry))[: part.shape[0]]
         joined.setdefault(part.tensor, []).append(rows)
+    if entry.parts[0].stacked is not None:
+        return {name: torch.stack(rows, 1).flatten(0, 1).movedim(0, -1) for name, rows in joined.items()}
     return {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in joined.items()}
+
+
+def stack_experts(
+    merged: Iterable[tuple[Entry, dict[str, torch.Tensor]]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors from what `merge` gives for the table's entries, in their order: a layer's experts wait for one
+    another where the files have one tensor for all."""
+    waiting: dict[str, list[torch.Tensor]] = {}
+    for entry, tensors in merged:
+        place = entry.parts[0].stacked
+        for name, tensor in tensors.items():
+            if place is None:
+                yield name, tensor
+                continue
+            waiting.setdefault(name, []).append(tensor)
+            if len(waiting[name]) == place.count:
+                yield name, torch.stack(waiting.pop(name))
 
 
 def _share(entry: Entry, source: Any, part: Part, shape: ModelShape, tp_rank: int, tp_size: int) -> torch.Tensor:
     """Rank `tp_rank`'s contiguous share of a part; rows past its end are zeros."""
+    if part.stacked is not None:
+        outputs = source[part.stacked.expert].movedim(-1, 0)
+        source, part = outputs[part.first_row :: part.stacked.step], replace(part, first_row=0)
     if _split_dim(entry) == 1:
         width = part.shape[1] // tp_size
         return source[:, tp_rank * width : (tp_rank + 1) * width]

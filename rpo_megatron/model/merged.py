@@ -9,6 +9,7 @@
 
 4. Backward gives `out` and `lse` of the merged softmax to each pass's own backward: its probabilities exp(score - lse)
    and its row sums out . grad are then those of the whole (as in ring attention, arXiv 2310.01889).
+5. A sink (sinks.py) is merged as one more pass, whose result is 0.
 
 Neither keys nor values are copied per response, and no mask exists. Shapes: T tokens, h query heads in g groups of r
 that share one head of keys and values, d numbers per head.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from rpo_megatron.model.row import Segments
+from rpo_megatron.model.sinks import sink_gradient, take_sink_
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -38,7 +40,13 @@ class Block:
 
 
 def merged_attention(
-    query_T1hd: torch.Tensor, key_T1gd: torch.Tensor, value_T1gd: torch.Tensor, segments: Segments, *, scale: float
+    query_T1hd: torch.Tensor,
+    key_T1gd: torch.Tensor,
+    value_T1gd: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, 1, h, d]. On CPU."""
     num_groups = key_T1gd.shape[2]
@@ -46,7 +54,8 @@ def merged_attention(
     query = query_T1hd[:, 0].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
     # The value is a slice of what one linear layer made of queries, keys and values; kept as such it would keep it all.
     key, value = (tensor.permute(2, 1, 0, 3) for tensor in (key_T1gd, value_T1gd.contiguous()))
-    out: torch.Tensor = _Merged.apply(query, key, value, segments, scale)
+    sink = None if sink_h is None else sink_h.view(num_groups, -1, 1)
+    out: torch.Tensor = _Merged.apply(query, key, value, sink, segments, scale)
     return out.permute(2, 0, 1, 3).reshape(query_T1hd.shape)
 
 
@@ -71,7 +80,13 @@ def _ranges(segments: Segments) -> list[slice]:
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink: torch.Tensor | None,
+        segments: Segments,
+        scale: float,
     ) -> torch.Tensor:
         keys, values = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
         out = torch.empty_like(query)
@@ -82,13 +97,15 @@ class _Merged(torch.autograd.Function):
         for block in shared_blocks(segments):
             at = block.queries
             _merge_(out[:, :, at], lse[:, :, at], *_attend(query, keys, values, block, scale))
-        ctx.save_for_backward(query, key, value, out, lse)
+        if sink is not None:
+            take_sink_(out, lse, sink)
+        ctx.save_for_backward(query, key, value, sink, out, lse)
         ctx.segments, ctx.scale = segments, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, sink, out, lse = ctx.saved_tensors
         keys, values = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
         grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
 
@@ -106,7 +123,8 @@ class _Merged(torch.autograd.Function):
             grad_query[:, :, block.queries] += by_query
             grad_key[:, :, block.keys] += by_key
             grad_value[:, :, block.keys] += by_value
-        return grad_query, grad_key, grad_value, None, None
+        by_sink = None if sink is None else sink_gradient(out, grads[0], lse, sink).sum(-1, keepdim=True).to(sink.dtype)
+        return grad_query, grad_key, grad_value, by_sink, None, None
 
 
 def _attend(

@@ -18,6 +18,7 @@ import torch
 
 from rpo_megatron.model.borders import Borders, SharedBorders
 from rpo_megatron.model.row import Segments
+from rpo_megatron.model.sinks import sink_gradient, take_sink_
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
@@ -61,12 +62,19 @@ class Pass:
 
 
 def merged_attention(
-    query_T1hd: torch.Tensor, key_T1gd: torch.Tensor, value_T1gd: torch.Tensor, segments: Segments, *, scale: float
+    query_T1hd: torch.Tensor,
+    key_T1gd: torch.Tensor,
+    value_T1gd: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, 1, h, d]. bf16 on a GPU."""
     # The value is a slice of what one linear layer made of queries, keys and values; kept as such it would keep it all.
     value_Tgd = value_T1gd[:, 0].contiguous()
-    out: torch.Tensor = _Merged.apply(query_T1hd[:, 0], key_T1gd[:, 0], value_Tgd, segments, scale)
+    sink_h1 = None if sink_h is None else sink_h[:, None]
+    out: torch.Tensor = _Merged.apply(query_T1hd[:, 0], key_T1gd[:, 0], value_Tgd, sink_h1, segments, scale)
     return out[:, None]
 
 
@@ -77,6 +85,7 @@ class _Merged(torch.autograd.Function):
         query_Thd: torch.Tensor,
         key_Tgd: torch.Tensor,
         value_Tgd: torch.Tensor,
+        sink_h1: torch.Tensor | None,
         segments: Segments,
         scale: float,
     ) -> torch.Tensor:
@@ -94,13 +103,15 @@ class _Merged(torch.autograd.Function):
             merged_Nhd = torch.lerp(out_Thd[n].float(), out_Nhd.float(), weight_Nh1)
             out_Thd.index_copy_(0, n, merged_Nhd.to(out_Thd.dtype))
             lse_hT.index_copy_(1, n, torch.logaddexp(own_lse_hN, lse_hN))
-        ctx.save_for_backward(query_Thd, key_Tgd, value_Tgd, out_Thd, lse_hT)
+        if sink_h1 is not None:
+            take_sink_(out_Thd.transpose(0, 1), lse_hT, sink_h1)
+        ctx.save_for_backward(query_Thd, key_Tgd, value_Tgd, sink_h1, out_Thd, lse_hT)
         ctx.segments, ctx.scale, ctx.states = segments, scale, states
         return out_Thd
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_Thd, key_Tgd, value_Tgd, out_Thd, lse_hT = ctx.saved_tensors
+        query_Thd, key_Tgd, value_Tgd, sink_h1, out_Thd, lse_hT = ctx.saved_tensors
         grad_Thd = grads[0].contiguous()
         own, shared = _passes(ctx.segments, query_Thd.device)
         saved = query_Thd, key_Tgd, value_Tgd, out_Thd, lse_hT
@@ -113,7 +124,11 @@ class _Merged(torch.autograd.Function):
             by_query.index_add_(0, n, more_query)
             by_key.index_add_(0, m, more_key)
             by_value.index_add_(0, m, more_value)
-        return by_query, by_key, by_value, None, None
+        by_sink = None
+        if sink_h1 is not None:
+            by_sink_hT = sink_gradient(out_Thd.transpose(0, 1), grad_Thd.transpose(0, 1), lse_hT, sink_h1)
+            by_sink = by_sink_hT.sum(-1, keepdim=True).to(sink_h1.dtype)
+        return by_query, by_key, by_value, by_sink, None, None
 
 
 def _passes(segments: Segments, device: torch.device) -> tuple[Pass, tuple[SharedBorders, Pass] | None]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from rpo_megatron.model.borders import Borders, SharedBorders
@@ -25,7 +26,7 @@ class Segments(PackedSeqParams):
     """Segment lengths on the host, so that attention never waits for the device."""
     prompts: list[int] = field(default_factory=list)
     """For each segment the index of the earlier one that all of it also attends to, -1 for none."""
-    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None, int], torch.Tensor] = field(default_factory=dict)
     """Made by `mask`, for all layers to use."""
     blocks: dict[int | None, FlexMask] = field(default_factory=dict)
     """The same for FlexAttention, by window."""
@@ -38,17 +39,20 @@ class Segments(PackedSeqParams):
         return max(self._context(i) + length for i, length in enumerate(self.lengths))
 
     def mask(
-        self, segment: int, *, window: int | None = None, dtype: torch.dtype, device: torch.device
+        self, segment: int, *, window: int | None = None, sinks: int = 0, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """What to add to the scores of a segment with its prompt before it, [length, prompt + length]: 0 where a token
-        may look (all of the prompt, and the segment up to itself; of these the last `window`), -inf elsewhere."""
+        """What to add to the scores of a segment with its prompt before it, [length, sinks + prompt + length]: 0 where
+        a token may look (all of the prompt, and the segment up to itself; of these the last `window`; before them,
+        always, so many keys for `sinks`), -inf elsewhere."""
         length, context = self.lengths[segment], self._context(segment)
-        key = length, context, window
+        key = length, context, window, sinks
         if key not in self.masks:
             hidden = torch.full((length, context + length), float("-inf"), dtype=dtype, device=device)
             self.masks[key] = hidden.triu(context + 1)
             if window is not None:
                 self.masks[key] += hidden.tril_(context - window)
+            if sinks:
+                self.masks[key] = F.pad(self.masks[key], (sinks, 0))
         return self.masks[key]
 
     def borders(self, device: torch.device) -> Borders:

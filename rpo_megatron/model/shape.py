@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from rpo_megatron.errors import UserError, nearest
-from rpo_megatron.model.families import ACTIVATIONS, FAMILIES, REFUSED, Activation, Family, HFConfig, Norm
+from rpo_megatron.model.families import ACTIVATIONS, FAMILIES, REFUSED, Activation, Clamp, Family, HFConfig, Norm
 from rpo_megatron.model.parts import Experts, Latent, read_experts, read_latent
 from rpo_megatron.model.rope import Rope, RopeScaling, read_rope
 
@@ -76,6 +76,12 @@ class ModelShape:
     latent: Latent | None = None
     further_layers: int = 0
     """Layers that the files may have beyond the last, which predict more than the next token: left out."""
+    biases: bool = False
+    """Every matrix of a layer has one, also the router's and the experts'."""
+    sinks: bool = False
+    """In attention's softmax every head has one more term, which is learned and has no value (model/sinks.py)."""
+    clamp: Clamp | None = None
+    """In place of silu(gate) * up."""
 
     @property
     def value_dim(self) -> int:
@@ -162,6 +168,9 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
         norm=family.norm,
         post_norms=family.post_norms,
         scaled_embedding=family.scaled_embedding,
+        biases=family.biases,
+        sinks=family.sinks,
+        clamp=None if config.swiglu_limit is None else Clamp(limit=config.swiglu_limit, alpha=config.swiglu_alpha),
         experts=read_experts(config, family),
         latent=latent,
         further_layers=config.num_nextn_predict_layers,
@@ -231,9 +240,12 @@ def _family(raw: dict[str, Any]) -> Family:
     for key in FAMILIES[name].must_be_false:
         if raw.get(key):
             raise UserError(f"{key}={json.dumps(raw[key])} is not supported for {name}")
+    for key in FAMILIES[name].must_be_true:
+        if not raw.get(key, True):
+            raise UserError(f"{key}={json.dumps(raw[key])} is not supported for {name}")
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
-            raise UserError(f"{key}: quantised weights cannot be trained; use the unquantised model")
+            raise UserError(f"{key}: quantised weights cannot be trained; {FAMILIES[name].unquantise}")
     return FAMILIES[name]
 
 
@@ -262,7 +274,8 @@ def _attention(shape: ModelShape) -> int:
     query, key_value = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     latent, hidden = shape.latent, shape.hidden_size
     if latent is None:
-        return hidden * (2 * query + 2 * key_value) + ((query + 2 * key_value) if shape.qkv_bias else 0)
+        biases = (query + 2 * key_value if shape.qkv_bias else 0) + hidden * shape.biases
+        return hidden * (2 * query + 2 * key_value) + biases + shape.num_heads * shape.sinks
     made = query * (hidden if latent.query_rank is None else latent.query_rank)
     made += shape.num_heads * (latent.kv_rank * (latent.plain_dim + latent.value_dim) + hidden * latent.value_dim)
     return made + hidden * latent.width + (latent.query_rank or 0) + latent.kv_rank
@@ -270,13 +283,14 @@ def _attention(shape: ModelShape) -> int:
 
 def _feed_forward(shape: ModelShape, layer: int) -> int:
     """Trained numbers of a layer's feed-forward part."""
-    per_column = (3 if shape.gated else 2) * shape.hidden_size
+    per_column = (3 if shape.gated else 2) * shape.hidden_size + 2 * shape.biases
     if not shape.has_experts(layer):
         return per_column * shape.ffn_size
     experts = shape.experts
     assert experts is not None
     shared = per_column * experts.shared_ffn_size + shape.hidden_size * experts.shared_gate
-    return experts.count * (per_column * experts.ffn_size + shape.hidden_size) + shared
+    beside = shape.hidden_size + (shape.hidden_size + 1) * shape.biases  # the router; biases of its and of the result
+    return experts.count * (per_column * experts.ffn_size + beside) + shared
 
 
 def check_layout(

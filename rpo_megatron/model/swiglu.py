@@ -5,6 +5,7 @@ tensors of the feed-forward's width that a layer keeps. silu(gate) is computed a
 that nothing changes by a bit.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
+from rpo_megatron.model.families import Clamp
 from rpo_megatron.model.shape import ModelShape
 
 
@@ -39,6 +41,36 @@ def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     return result
 
 
+class _ClampedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+        ctx.save_for_backward(gate_and_up)
+        ctx.clamp = clamp
+        gate, up = _clamped(gate_and_up, clamp)
+        return gate * (clamp.alpha * gate).sigmoid() * (up + 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gate_and_up,), (grad,), clamp = ctx.saved_tensors, grads, ctx.clamp
+        gate, up = _clamped(gate_and_up, clamp)
+        share = (clamp.alpha * gate).sigmoid()
+        by_gate = grad * (up + 1) * share * (1 + clamp.alpha * gate * (1 - share))
+        by_both = torch.cat((by_gate, grad * gate * share), -1)
+        # A number beyond its limit has no gradient.
+        return by_both.masked_fill_(torch.cat((gate, up), -1) != gate_and_up, 0.0), None
+
+
+def _clamped(gate_and_up: torch.Tensor, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = gate_and_up.chunk(2, -1)
+    return gate.clamp(max=clamp.limit), up.clamp(min=-clamp.limit, max=clamp.limit)
+
+
+def clamped_swiglu(gate_and_up: torch.Tensor, clamp: Clamp) -> torch.Tensor:
+    """The same of GPT-OSS."""
+    result: torch.Tensor = _ClampedSwiGLU.apply(gate_and_up, clamp)
+    return result
+
+
 def fuse_swiglu(model: torch.nn.Module, shape: ModelShape) -> None:
     """Make the feed-forward layers and experts of a model use it, if silu is what gates them: in the place that
     megatron has for Transformer Engine's activations, which get both halves at once."""
@@ -46,5 +78,5 @@ def fuse_swiglu(model: torch.nn.Module, shape: ModelShape) -> None:
         return
     for module in model.modules():
         if isinstance(module, MLP | TEGroupedMLP):
-            module.activation_func = swiglu
+            module.activation_func = swiglu if shape.clamp is None else partial(clamped_swiglu, clamp=shape.clamp)
             module.config.use_te_activation_func = True

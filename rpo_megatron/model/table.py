@@ -40,6 +40,13 @@
     layers.i.self_attn.kv_a_proj_with_mqa.weight  linear_kv_down_proj.weight                           replicated
     layers.i.self_attn.kv_a_layernorm.weight      kv_layernorm.weight                                  replicated
     layers.i.self_attn.kv_b_proj.weight           linear_kv_up_proj.weight                             rows
+    with sinks, and biases everywhere (GPT-OSS):
+    layers.i.self_attn.sinks                      decoder.layers.i.self_attention.core_attention.sinks rows
+    layers.i.self_attn.o_proj.bias                decoder.layers.i.self_attention.linear_proj.bias     replicated
+    layers.i.mlp.router.{weight,bias}             decoder.layers.i.mlp.router.{weight,bias}            replicated
+    layers.i.mlp.experts.gate_up_proj, ..._bias   decoder.layers.i.mlp.experts.e.linear_fc1.*          gated
+    layers.i.mlp.experts.down_proj                decoder.layers.i.mlp.experts.e.linear_fc2.weight     input
+    layers.i.mlp.experts.down_proj_bias           decoder.layers.i.mlp.experts.e.linear_fc2.bias       replicated
 
 Layers are numbered over the whole model, whatever the pipeline stage, and experts over the whole layer, whatever the
 rank that has them. Weights are [out, in].
@@ -71,6 +78,16 @@ HF_EXPERT_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """Where rows are in a tensor of all experts of a layer: [expert, in, out], or of biases [expert, out]."""
+
+    expert: int
+    count: int
+    step: int
+    """Every so manieth output is one of them, from Part.first_row on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Consecutive rows of a Hugging Face tensor, or all of it."""
 
@@ -78,6 +95,15 @@ class Part:
     shape: tuple[int, ...]
     """Of these rows."""
     first_row: int = 0
+    stacked: Stacked | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the tensor that these rows, and those before them, are part of."""
+        rows, *columns = self.shape
+        if self.stacked is None:
+            return self.first_row + rows, *columns
+        return self.stacked.count, *columns, rows * self.stacked.step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +123,8 @@ class Entry:
 
     @property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:
-        """The Hugging Face tensors, whole, with their shapes. No tensor is part of two entries."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part in self.parts:
-            shapes[part.tensor] = (part.first_row + part.shape[0], *part.shape[1:])
-        return shapes
+        """The Hugging Face tensors, whole, with their shapes. No tensor but stacked ones is part of two entries."""
+        return {part.tensor: part.whole for part in self.parts}
 
 
 def hf_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -156,7 +179,11 @@ def _attention(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
         rows.append(_entry(f"{mega}linear_qkv.bias", "qkv", {f"{hf}{x}_proj.bias": (n,) for x, n in out.items()}))
     for x in "qk" if shape.qk_norm else "":
         rows.append(_entry(f"{mega}{x}_layernorm.weight", "replicated", {f"{hf}{x}_norm.weight": (head,)}))
+    if shape.sinks:
+        rows.append(_entry(f"{mega}core_attention.sinks", "rows", {f"{hf}sinks": (shape.num_heads,)}))
     rows.append(_entry(f"{mega}linear_proj.weight", "input", {f"{hf}o_proj.weight": (hidden, out["q"])}))
+    if shape.biases:
+        rows.append(_entry(f"{mega}linear_proj.bias", "replicated", {f"{hf}o_proj.bias": (hidden,)}))
     return rows
 
 
@@ -203,11 +230,15 @@ def _experts(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
     assert experts is not None
     assert names is not None
     up, down = (experts.ffn_size, shape.hidden_size), (shape.hidden_size, experts.ffn_size)
-    router = {f"{hf}{names.block}.gate.weight": (experts.count, shape.hidden_size)}
-    rows = [_entry(f"{mega}router.weight", "replicated", router)]
+    router = f"{hf}{names.block}.{names.router}"
+    rows = [_entry(f"{mega}router.weight", "replicated", {f"{router}.weight": (experts.count, shape.hidden_size)})]
     if experts.biased:
-        bias = {f"{hf}{names.block}.gate.{HF_EXPERT_BIAS}": (experts.count,)}
+        bias = {f"{router}.{HF_EXPERT_BIAS}": (experts.count,)}
         rows.append(_entry(f"{mega}router.expert_bias", "replicated", bias))
+    if shape.biases:
+        rows.append(_entry(f"{mega}router.bias", "replicated", {f"{router}.bias": (experts.count,)}))
+    if names.stacked:
+        return rows + _stacked_experts(shape, f"{mega}experts.", f"{hf}{names.block}.experts.")
     for e in range(experts.count):
         inside, source = f"{mega}experts.{e}.", f"{hf}{names.block}.experts.{e}."
         gate_up = {f"{source}{names.gate}.weight": up, f"{source}{names.up}.weight": up}
@@ -218,6 +249,26 @@ def _experts(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
         rows += _dense(replace(shape, ffn_size=experts.shared_ffn_size), inside, f"{source}.")
     if experts.shared_gate:
         rows.append(_entry(f"{inside}gate_weight", "replicated", {f"{source}_gate.weight": (1, shape.hidden_size)}))
+    return rows
+
+
+def _stacked_experts(shape: ModelShape, mega: str, hf: str) -> list[Entry]:
+    """One kind of weight after the other, so that a tensor's experts follow one another."""
+    experts = shape.experts
+    assert experts is not None
+    inside, outside = experts.ffn_size, shape.hidden_size
+    kinds: list[tuple[str, Split, str, tuple[int, ...], int]] = [
+        ("linear_fc1.weight", "gated", "gate_up_proj", (inside, outside), 2),
+        ("linear_fc1.bias", "gated", "gate_up_proj_bias", (inside,), 2),
+        ("linear_fc2.weight", "input", "down_proj", (outside, inside), 1),
+        ("linear_fc2.bias", "replicated", "down_proj_bias", (outside,), 1),
+    ]
+    rows = []
+    for name, split, tensor, size, step in kinds:
+        for e in range(experts.count):
+            place = Stacked(expert=e, count=experts.count, step=step)
+            parts = [Part(tensor=f"{hf}{tensor}", shape=size, first_row=i, stacked=place) for i in range(step)]
+            rows.append(Entry(name=f"{mega}{e}.{name}", split=split, parts=tuple(parts)))
     return rows
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rpo_megatron.distributed import Groups, gather_objects
 from rpo_megatron.model.build import Model
 from rpo_megatron.model.chunks import chunks_of
-from rpo_megatron.model.hf import check_accounted, load_shards, merge
+from rpo_megatron.model.hf import check_accounted, load_shards, merge, stack_experts
 from rpo_megatron.model.hf_io import HFReader
 from rpo_megatron.model.shape import Head, ModelShape
 from rpo_megatron.model.table import SCORE, Entry, entries, hf_tensors
@@ -78,7 +78,8 @@ def _global_expert(layer: Any, name: str) -> str:
 def gather_hf(model: Model, groups: Groups) -> Iterator[tuple[str, torch.Tensor]]:
     """All Hugging Face tensors of the model, one megatron parameter at a time, whole and on the CPU of rank 0.
 
-    Every rank must run the iterator to its end; the others get empty tensors. Peak memory is one parameter.
+    Every rank must run the iterator to its end; the others get empty tensors. Peak memory is one parameter, or
+    all experts of a layer where the files have one tensor for them.
     """
     return gather(global_parameters(model), entries(model.shape), model.shape, groups)
 
@@ -90,12 +91,15 @@ def gather(
     holders = gather_objects(
         _Holder(pp=groups.pp.rank, rank=groups.rank, tp=groups.tp.rank, etp=groups.etp.rank, names=frozenset(mine))
     )
-    for entry in table:
-        owners = _owners(holders, entry)
-        shard = mine[entry.name].detach().cpu() if groups.rank in owners else None
-        shards = _send_to_leader(shard, owners, groups)
-        tensors = merge(entry, shards, shape) if groups.leads else dict.fromkeys(entry.tensors, torch.empty(0))
-        yield from tensors.items()
+
+    def merged() -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
+        for entry in table:
+            owners = _owners(holders, entry)
+            shard = mine[entry.name].detach().cpu() if groups.rank in owners else None
+            shards = _send_to_leader(shard, owners, groups)
+            yield entry, merge(entry, shards, shape) if groups.leads else dict.fromkeys(entry.tensors, torch.empty(0))
+
+    yield from stack_experts(merged())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,7 @@ class _RandomTensors:
         self.sizes = hf_tensors(shape)
         self.unit_norm = torch.ones if shape.norm == "rms" else torch.zeros
         self.seed = seed
+        self.last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
     def read(self, name: str) -> torch.Tensor:
         size = self.sizes[name]
@@ -153,5 +158,7 @@ class _RandomTensors:
             return self.unit_norm(size)
         if name.endswith("bias"):
             return torch.zeros(size)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-        return torch.randn(size, generator=generator) * 0.02
+        if self.last[0] != name:  # each of a layer's experts asks for the tensor of all
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+            self.last = name, torch.randn(size, generator=generator) * 0.02
+        return self.last[1]

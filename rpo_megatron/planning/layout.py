@@ -107,7 +107,8 @@ def rank_numbers(model: Model, layout: Layout, stage: int) -> Numbers:
         dense += parts.norms_of_model
         dense += shape.hidden_size if shape.head == "value" else 0.0 if tied_here else embedding
     expert = layers.expert * parts.experts / layout.expert_parts
-    return Numbers(dense=dense, expert=expert, matrices=split / layout.tensor + expert)
+    biases = layers.expert * parts.expert_biases / layout.expert
+    return Numbers(dense=dense, expert=expert + biases, matrices=split / layout.tensor + expert)
 
 
 @functools.cache
@@ -163,10 +164,12 @@ class Parts:
     """Feed-forward of a layer without experts, split likewise."""
     experts: int
     """Of all experts of a layer, split over tensor and expert ranks."""
+    expert_biases: int
+    """Of their results: split over expert ranks alone."""
     shared: int
     """Of the expert that computes every token, split over the tensor ranks."""
     router: int
-    """And the shared expert's gate: whole on every rank."""
+    """With its bias, and the shared expert's gate: whole on every rank."""
     norms: int
     """And the matrices that latent attention has whole on every tensor rank."""
     norms_of_model: int
@@ -187,10 +190,18 @@ def layer_parts(model: Model) -> Parts:
         dense=_layer(shape) - attention,
         experts=_layer(replace(shape, ffn_size=every)) - attention,
         shared=_layer(replace(shape, ffn_size=shared)) - attention,
-        router=(experts.count + experts.shared_gate) * shape.hidden_size if experts else 0,
+        expert_biases=experts.count * shape.hidden_size * shape.biases if experts else 0,
+        router=_router(model.shape),
         norms=norms,
         norms_of_model=num_parameters(nothing),
     )
+
+
+def _router(shape: ModelShape) -> int:
+    experts = shape.experts
+    if experts is None:
+        return 0
+    return (experts.count + experts.shared_gate) * shape.hidden_size + experts.count * shape.biases
 
 
 def _layer(shape: ModelShape) -> int:

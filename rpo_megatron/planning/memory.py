@@ -33,6 +33,8 @@ PIECE_BYTES = 64 * 2**20
 """Of a share of its weight's gradient; that of model/products.py on a GPU."""
 KEPT_LOGITS = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Bytes of them that are kept for backward where kernels.keep_logits_mib does not say; those of model/logprobs.py."""
+SINK_NUMBERS = 8
+"""By which a head is wider for them; that of model/sinks.py."""
 CONTEXT_BYTES = 1.25 * GIB
 """CUDA's context, cuBLAS's workspace, kernels. An assumption."""
 COMMUNICATOR_BYTES = 0.25 * GIB
@@ -204,6 +206,7 @@ class Kept:
         attention = tokens / t * (w * (query + key + values + query) + 4 * shape.num_heads)
         if kernels.joined_keys:
             attention += w / t * (tokens * (0 if padded else query) + setting.row.repeated / layout.context * 2 * key)
+            attention = _sink_keys(setting, layout) if shape.sinks else attention
         attention += tokens / t * query * kernels.fp8
         rotary = tokens * 4 * w * (shape.rotary_dim or shape.head_dim)  # cosines and sines, for query and for key
         if shape.latent is not None:  # once for both, and once per pair
@@ -218,6 +221,17 @@ class Kept:
             experts=_experts(setting, layout, tokens),
             input=whole * w * shape.hidden_size,
         )
+
+
+def _sink_keys(setting: Setting, layout: Layout) -> float:
+    """Of attention that sees a sink as a key (model/sinks.py): wider copies, each in place of what it copies."""
+    shape, w = setting.model.shape, WIDTH[setting.precision]
+    tokens, repeated = setting.row.tokens / layout.context, setting.row.repeated / layout.context
+    of_query = (
+        w * (3 * shape.head_dim + 2 * SINK_NUMBERS) + 4
+    )  # query, result, and the result without them; log-sum-exp
+    of_key = 2 * w * (shape.head_dim + SINK_NUMBERS)
+    return (tokens * shape.num_heads * of_query + (repeated or tokens) * shape.num_kv_heads * of_key) / layout.tensor
 
 
 def _input_width(setting: Setting) -> int:

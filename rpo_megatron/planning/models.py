@@ -193,4 +193,4 @@ def count_active(model: Model) -> int:
         return num_parameters(shape)
     chosen = num_parameters(replace(shape, experts=replace(experts, count=experts.per_token)))
     layers = shape.num_layers - len(experts.dense_layers)
-    return chosen + layers * (experts.count - experts.per_token) * shape.hidden_size
+    return chosen + layers * (experts.count - experts.per_token) * (shape.hidden_size + shape.biases)

@@ -99,7 +99,7 @@ def attention_matrices(model: Model) -> int:
     shape = model.shape
     biases = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim if shape.qkv_bias else 0
     whole = shape.latent.width * shape.hidden_size if shape.latent is not None else 0
-    return layer_parts(model).attention + whole - biases
+    return layer_parts(model).attention + whole - biases - shape.num_heads * shape.sinks
 
 
 def active_matrices(model: Model) -> int:

@@ -54,6 +54,7 @@ def dense(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    sink_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From the definition: a token sees its own segment up to itself, and all of its segment's prompt; of these the
     last `window`, where a response's positions go on from its prompt's."""
@@ -70,8 +71,11 @@ def dense(
     if window is not None:
         position_T = positions(segments)
         visible_TT &= position_T[:, None] - position_T < window
-    weights = scores.masked_fill(~visible_TT, float("-inf")).softmax(-1)
-    return torch.einsum("hts,shd->thd", weights, v)[:, None]
+    scores = scores.masked_fill(~visible_TT, float("-inf"))
+    if sink_h is None:
+        return torch.einsum("hts,shd->thd", scores.softmax(-1), v)[:, None]
+    sink = sink_h[:, None, None].expand(-1, len(segment_T), 1)
+    return torch.einsum("hts,shd->thd", torch.cat([scores, sink], -1).softmax(-1)[..., :-1], v)[:, None]
 
 
 def positions(segments: Segments) -> torch.Tensor:
@@ -83,11 +87,12 @@ def positions(segments: Segments) -> torch.Tensor:
 def results(
     name: AttentionName | None, inputs: list[torch.Tensor], segments: Segments, **rules: Any
 ) -> list[torch.Tensor]:
-    """[output, gradients of query, key and value], in fp64; of `dense` without a name."""
+    """[output, gradients of query, key, value and sinks], in fp64; of `dense` without a name."""
     *qkv, grad = inputs
     attend: Callable[..., torch.Tensor] = dense if name is None else partial(ATTENTION[name], scale=1 / math.sqrt(HEAD))
     output = attend(*qkv, segments, **rules)
-    return [tensor.double() for tensor in (output, *torch.autograd.grad(output, qkv, grad))]
+    wanted = [*qkv, *([rules["sink_h"]] if "sink_h" in rules else [])]
+    return [tensor.double() for tensor in (output, *torch.autograd.grad(output, wanted, grad))]
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -101,6 +106,27 @@ def test_equals_dense_attention(name: AttentionName, row: tuple[list[int], list[
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     got = results(name, inputs, Segments(lengths=lengths, prompts=prompts))
     want = results(None, wide, Segments(lengths=lengths, prompts=prompts))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+SINKS = torch.tensor([-1.0, 0.5, 0.0, 3.0])
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+@settings(deadline=None, max_examples=40)
+@given(row=rows(), groups=st.sampled_from([1, 2, 4]), window=st.one_of(st.none(), st.integers(1, 15)))
+def test_sinks_equal_dense_attention(
+    name: AttentionName, row: tuple[list[int], list[int]], groups: int, window: int | None
+) -> None:
+    """Catches a sink of another head, one that a window hides, that counts twice where two passes are merged, or whose
+    gradient misses a part of the tokens; and gradients of the rest that do not know it."""
+    segments = Segments(lengths=row[0], prompts=row[1])
+    inputs = tensors(sum(row[0]), groups=groups, dtype=torch.float32)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    rules = {} if name == "merged" else {"window": window}
+    got = results(name, inputs, segments, **rules, sink_h=SINKS.clone().requires_grad_())
+    want = results(None, wide, segments, **rules, sink_h=SINKS.double().requires_grad_())
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

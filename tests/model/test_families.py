@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.families import Clamp
 from rpo_megatron.model.parts import Experts, Latent
 from rpo_megatron.model.rope import RopeScaling
 from rpo_megatron.model.shape import check_layout, num_parameters
@@ -165,6 +166,47 @@ def test_deepseek_agrees_with_transformers(tmp_path: Path) -> None:
     assert ours.further_layers == 1
 
 
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"rope_type": "yarn", "truncate": False},
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    """openai/gpt-oss-20b: a window on the wrong half of the layers, a bias that is not there, sinks or the clamp
+    forgotten; its quantised files taken, or refused without the way out."""
+    shape = read(tmp_path, GPT_OSS_20B)
+    assert shape.experts == Experts(count=32, per_token=4, ffn_size=2880, normalise=True)
+    assert (shape.qkv_bias, shape.biases, shape.sinks, shape.clamp) == (True, True, True, Clamp(limit=7.0, alpha=1.702))
+    assert [shape.window(layer) for layer in (0, 1, 22, 23)] == [128, None, 128, None]
+    assert read(tmp_path, GPT_OSS_20B, layer_types=..., rope_scaling=..., rope_theta=..., swiglu_limit=...) == shape
+    with pytest.raises(UserError, match="attention_bias=false is not supported for gpt_oss"):
+        read(tmp_path, GPT_OSS_20B, attention_bias=False)
+    with pytest.raises(UserError, match=r"dequantise them to bf16 first.*Mxfp4Config\(dequantize=True\)"):
+        read(tmp_path, GPT_OSS_20B, quantization_config={"quant_method": "mxfp4"})
+
+
 def test_window_rules(tmp_path: Path) -> None:
     """A window applied although Qwen's switch is off, dropped although it is on, or applied to every layer where
     only the upper ones have it."""
@@ -194,6 +236,7 @@ def test_num_parameters_of_published_models(tmp_path: Path) -> None:
     qwen |= {"num_key_value_heads": 4, "head_dim": 128, "tie_word_embeddings": False}
     assert num_parameters(read(tmp_path, QWEN_25, **qwen)) == 30_532_122_624
     assert num_parameters(read(tmp_path, QWEN_15_MOE)) == 14_315_784_192
+    assert num_parameters(read(tmp_path, GPT_OSS_20B)) == 20_914_757_184
     gemma2 = {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
     gemma2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000, "hidden_act": ...}
     assert num_parameters(read(tmp_path, QWEN_25, **gemma2)) == 2_614_341_888

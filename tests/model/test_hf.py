@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.companions import copy_companions
-from rpo_megatron.model.hf import check_accounted, load_shards, merge, shard
+from rpo_megatron.model.hf import check_accounted, load_shards, merge, shard, stack_experts
 from rpo_megatron.model.hf_io import HFReader, HFWriter
 from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab, read_shape
 from rpo_megatron.model.table import EMBEDDING, HF_EMBEDDING, HF_EXPERT_BIAS, HF_OUTPUT, OUTPUT, Entry, entries
@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 6, "num_experts": 3, "num_experts_per_tok": 2, **QWEN_MOE}),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
     "deepseek_v3, queries at once": ("DeepseekV3Config", {**DEEPSEEK, "q_lora_rank": None}),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 6, "num_local_experts": 3, "num_experts_per_tok": 2}),
     "phi3": ("Phi3Config", {"pad_token_id": 3, "eos_token_id": 2}),
     "nemotron": ("NemotronConfig", {"head_dim": 8}),
     "gemma2": ("Gemma2Config", {"head_dim": 6}),
@@ -93,6 +94,15 @@ def all_shards(reader: HFReader, shape: ModelShape, *, tp_size: int) -> Iterator
         yield entry, [shard(entry, reader.read, shape, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
 
 
+def whole_tensors(reader: HFReader, shape: ModelShape, *, tp_size: int) -> dict[str, torch.Tensor]:
+    def merged() -> Iterator[tuple[Entry, dict[str, torch.Tensor]]]:
+        for entry, shards in all_shards(reader, shape, tp_size=tp_size):
+            assert len({s.shape for s in shards}) == 1
+            yield entry, merge(entry, shards, shape)
+
+    return dict(stack_experts(merged()))
+
+
 # ------------------------------------------------------------------------------------------------ the mapping
 
 
@@ -101,12 +111,9 @@ def test_round_trip(model_dir: Path, tp_size: int) -> None:
     """Any tensor cut, ordered, padded or named so that it does not come back bit for bit, or is left out."""
     original = {name: t for file in model_dir.glob("*.safetensors") for name, t in load_file(file).items()}
     shape = read_shape(model_dir)
-    back: dict[str, torch.Tensor] = {}
     with HFReader(model_dir) as reader:
         check_accounted(reader, shape)
-        for entry, shards in all_shards(reader, shape, tp_size=tp_size):
-            assert len({s.shape for s in shards}) == 1
-            back |= merge(entry, shards, shape)
+        back = whole_tensors(reader, shape, tp_size=tp_size)
     assert back.keys() == original.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
     trained = [tensor for name, tensor in original.items() if not name.endswith(HF_EXPERT_BIAS)]
@@ -307,9 +314,8 @@ def test_transformers_loads_what_we_write(tmp_path: Path, name: str) -> None:
         HFReader(tmp_path / "source") as reader,
         HFWriter(tmp_path / "copy", max_shard_bytes=30_000) as writer,
     ):
-        for entry, shards in all_shards(reader, shape, tp_size=2):
-            for key, tensor in merge(entry, shards, shape).items():
-                writer.add(key, tensor)
+        for key, tensor in whole_tensors(reader, shape, tp_size=2).items():
+            writer.add(key, tensor)
         copy_companions(tmp_path / "source", writer.staging, dtype="float32", head=shape.head)
     copy, info = auto_class(name).from_pretrained(tmp_path / "copy", output_loading_info=True)
     assert not any(info.values()), info

@@ -11,31 +11,37 @@ from hypothesis import strategies as st
 from rpo_megatron.model import merged_gpu
 from rpo_megatron.model.row import Segments
 from tests.model import varlen_stand_in
-from tests.model.test_attention import HEAD, results, rows, tensors
+from tests.model.test_attention import HEAD, SINKS, results, rows, tensors
 
 
-def on_stand_in(inputs: list[torch.Tensor], segments: Segments) -> list[torch.Tensor]:
-    """[output, gradients of query, key and value], in fp64."""
+def on_stand_in(
+    inputs: list[torch.Tensor], segments: Segments, sink_h: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """[output, gradients of query, key, value and sinks], in fp64."""
     query, key, value, grad = inputs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merged_gpu, "_forward", varlen_stand_in.forward)
         patch.setattr(merged_gpu, "_backward", varlen_stand_in.backward)
-        output = merged_gpu.merged_attention(query, key, value, segments, scale=1 / math.sqrt(HEAD))
-        grads = torch.autograd.grad(output, (query, key, value), grad)
+        output = merged_gpu.merged_attention(query, key, value, segments, scale=1 / math.sqrt(HEAD), sink_h=sink_h)
+        wanted = [query, key, value, *([] if sink_h is None else [sink_h])]
+        grads = torch.autograd.grad(output, wanted, grad)
         return [tensor.double() for tensor in (output, *grads)]
 
 
 @settings(deadline=None, max_examples=60)
-@given(row=rows(), groups=st.sampled_from([1, 2, 4]))
-def test_equals_dense_attention(row: tuple[list[int], list[int]], groups: int) -> None:
+@given(row=rows(), groups=st.sampled_from([1, 2, 4]), sinks=st.booleans())
+def test_equals_dense_attention(row: tuple[list[int], list[int]], groups: int, sinks: bool) -> None:
     """Catches a response that meets another group's prompt, a prompt's gradient that misses a response, the operators
-    given a part's result or log-sum-exp in backward, or borders that leave a token out."""
+    given a part's result or log-sum-exp in backward, or borders that leave a token out; a sink that counts for the
+    responses alone."""
     lengths, prompts = row
     lengths, prompts = lengths[: len(lengths) - (lengths[-1] == 0)], prompts[: len(lengths) - (lengths[-1] == 0)]
     inputs = tensors(sum(lengths), groups=groups, dtype=torch.float32)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    got = on_stand_in(inputs, Segments(lengths=lengths, prompts=prompts))
-    want = results(None, wide, Segments(lengths=lengths, prompts=prompts))
+    rules = {"sink_h": SINKS.clone().requires_grad_()} if sinks else {}
+    exact = {name: sink.detach().double().requires_grad_() for name, sink in rules.items()}
+    got = on_stand_in(inputs, Segments(lengths=lengths, prompts=prompts), **rules)
+    want = results(None, wide, Segments(lengths=lengths, prompts=prompts), **exact)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

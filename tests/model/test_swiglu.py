@@ -1,5 +1,6 @@
 """The gate that keeps only its input, against autograd's own."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.model.build import build
+from rpo_megatron.model.families import Clamp
 from rpo_megatron.model.shape import read_shape
-from rpo_megatron.model.swiglu import swiglu
+from rpo_megatron.model.swiglu import clamped_swiglu, swiglu
 from tests import tiny
 
 
@@ -29,6 +31,15 @@ def test_gradcheck() -> None:
     """Catches a wrong derivative, by finite differences in fp64."""
     torch.manual_seed(0)
     torch.autograd.gradcheck(swiglu, (torch.randn(3, 8, dtype=torch.float64, requires_grad=True),))
+
+
+def test_clamped_gradcheck() -> None:
+    """The same of GPT-OSS's, whose value is written out; its limits and 1.702 moved to where they matter."""
+    torch.manual_seed(0)
+    x, clamp = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), Clamp(limit=0.7, alpha=1.5)
+    gate, up = x[:, :4].clamp(max=0.7), x[:, 4:].clamp(-0.7, 0.7)
+    torch.testing.assert_close(clamped_swiglu(x, clamp), gate * torch.sigmoid(1.5 * gate) * (up + 1))
+    torch.autograd.gradcheck(partial(clamped_swiglu, clamp=clamp), (x,))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ CASES = [
     *((name, DP) for name in ("mixtral", "qwen3_moe")),
     *((name, layout) for name in ("mixtral", "qwen3_moe") for layout in EXPERTS),
     *((name, layout) for name in ("qwen2_moe", "deepseek_v3") for layout in (CP_PP, EXPERTS[-1])),
+    *(("gpt_oss", layout) for layout in (CP_PP, EXPERTS[0], EXPERTS[-1])),
     *(("grouped experts", layout) for layout in (BOTH_SP, EXPERTS[-1])),
     *(("router losses", layout) for layout in (BOTH_SP, *EXPERTS[-2:])),
     ("a stage without experts", Layout(expert=2, pipeline=2)),
@@ -75,7 +76,7 @@ def test_families_come_back_bit_for_bit(tmp_path: Path) -> None:
     """Catches a checkpoint in which layers with and without experts overwrite each other, or an export that puts the
     parts of a fused tensor or an expert together wrongly: imported in one process, exported by four, the files must be
     those of the start."""
-    names = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "phi3", "nemotron", "gemma3_text"]
+    names = ["qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "phi3", "nemotron", "gemma3_text"]
     for name in names:
         tiny.write_model(tmp_path / name, **tiny.FAMILIES[name])
         saved = str(tmp_path / f"{name}-checkpoint")

@@ -11,6 +11,7 @@ import torch
 
 from rpo_megatron.config import KernelsConfig, ParallelConfig
 from rpo_megatron.distributed import Groups, start, stop
+from rpo_megatron.model import sinks
 from rpo_megatron.model.adapter import Adapter, possible_targets
 from rpo_megatron.model.attention import choose_attention
 from rpo_megatron.model.build import build
@@ -55,6 +56,13 @@ FAMILIES["deepseek_v3"] = {
     **{"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
 }
 FAMILIES["deepseek_v3, queries at once"] = {**FAMILIES["deepseek_v3"], "q_lora_rank": None, "v_head_dim": 24}
+FAMILIES["gpt_oss"] = {
+    "model_type": "gpt_oss",
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 48,
+}
 WITHIN = {"llama": 0.01, "qwen3": 0.01, **dict.fromkeys(list(FAMILIES)[2:], 0.05)}
 
 
@@ -132,6 +140,8 @@ def saved_bytes(
         ("deepseek_v3", "sdpa", True),
         ("deepseek_v3, queries at once", "merged", True),
         ("deepseek_v3, queries at once", "sdpa", False),
+        ("gpt_oss", "merged", True),
+        ("gpt_oss", "sdpa", True),
     ],
 )
 def test_kept_for_backward(
@@ -217,6 +227,7 @@ def test_planned_kernels_are_those_of_the_program() -> None:
     """Catches a plan for GPUs that assumes other tiles or another attention than the program uses on them."""
     assert TILE_BYTES["cuda"] == memory.TILE_BYTES
     assert PIECE_BYTES["cuda"] == memory.PIECE_BYTES
+    assert sinks.ALIGN == memory.SINK_NUMBERS
     assert {device: mib * 2**20 for device, mib in KEEP_MIB.items()} == memory.KEPT_LOGITS
     assert GPU.joined_keys == (choose_attention("auto", torch.device("cuda")) == "sdpa")
     assert CPU.joined_keys == (choose_attention("auto", torch.device("cpu")) == "sdpa")

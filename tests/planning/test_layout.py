@@ -103,9 +103,17 @@ def test_layers_without_experts(tmp_path: Path) -> None:
 
 EVEN = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
 """Sizes that are all multiples of 128: megatron's buffers need no padding."""
+EVEN_BIASES = {
+    **{"num_hidden_layers": 1, "num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 2},
+    **{"num_local_experts": 64, "intermediate_size": 64},
+}
+"""GPT-OSS has a number for every head and every expert, too."""
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
+FAMILIES_COUNTED = ["llama", "qwen2", "qwen3", "gemma2", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+
+
+@pytest.mark.parametrize("family", FAMILIES_COUNTED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bytes_of_megatrons_buffers(
     tmp_path: Path, groups: Groups, family: str, precision: Literal["fp32", "bf16"]
@@ -119,6 +127,7 @@ def test_bytes_of_megatrons_buffers(
         "shared_expert_intermediate_size": 128,
         **{"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
         "head_dim": 128 if family == "qwen3" else 64,
+        **(EVEN_BIASES if family == "gpt_oss" else {}),
     }
     model = tiny_model(tmp_path, **even)
     ddp = wrap(build(model.shape, precision=precision, sequence_parallel=False, groups=groups))
