@@ -290,13 +290,12 @@ def _layers(
     check_attention(attention, shape, device=groups.device, dtype=config.params_dtype)
     if choose_layers(kernels, fp8) == "megatron":
         return block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
-    if shape.latent is not None:
+    if shape.latent is not None or shape.biases:
         raise UserError(
             f"{shape.family}: Transformer Engine's layers (kernels.layers=transformer_engine, fp8.recipe) are not "
-            f"supported with latent attention; set kernels.layers=megatron and fp8.recipe=none"
+            f"supported with {'biases' if shape.biases else 'latent attention'}; set kernels.layers=megatron and "
+            f"fp8.recipe=none"
         )
-    if shape.biases:
-        raise UserError(f"the biases of {shape.family} need kernels.layers=megatron, and fp8.recipe=none")
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
     return te_block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)

@@ -20,7 +20,7 @@ from tests.model.rows import random_rows
 from tests.model.te_stand_in import stand_in
 
 MODELS = {"tied": {"tie_word_embeddings": True}, **tiny.FAMILIES}
-LATENT = MODELS.pop("deepseek_v3")
+REFUSED = {name: MODELS.pop(name) for name in ("deepseek_v3", "gpt_oss")}
 
 
 def model_of(directory: Path, layers: str) -> ScoringModel:
@@ -58,10 +58,11 @@ def test_same_parameters_and_same_numbers(tmp_path: Path, name: str) -> None:
     stop()
 
 
-def test_latent_attention_is_refused(tmp_path: Path) -> None:
-    """A run with FP8 whose layers are megatron's without a word, or a traceback."""
-    tiny.write_model(tmp_path, **LATENT)
-    with pytest.raises(UserError, match=r"deepseek_v3: .*set kernels\.layers=megatron and fp8\.recipe=none"):
+@pytest.mark.parametrize("name", REFUSED)
+def test_latent_attention_and_biases_are_refused(tmp_path: Path, name: str) -> None:
+    """Catches a run with FP8 whose layers are megatron's without a word, or a traceback."""
+    tiny.write_model(tmp_path, **REFUSED[name])
+    with pytest.raises(UserError, match=rf"{name}: .*set kernels\.layers=megatron and fp8\.recipe=none"):
         model_of(tmp_path, "transformer_engine")
     stop()
 
