@@ -7,7 +7,7 @@ issue 2892).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -43,24 +43,34 @@ class SharedBorders:
     @classmethod
     def of(cls, lengths: Sequence[int], prompts: Sequence[int], device: torch.device) -> "SharedBorders | None":
         """None where no segment shares a prompt."""
-        stop_S = np.cumsum(lengths)
-        runs, keys = [], []
-        for prompt, members in groupby(range(len(lengths)), key=lambda i: prompts[i]):
-            first, *_, last = [*members] * 2
-            if prompt >= 0:
-                runs.append(np.arange(stop_S[first] - lengths[first], stop_S[last]))
-                keys.append(np.arange(stop_S[prompt] - lengths[prompt], stop_S[prompt]))
-        if not runs:
+        pairs = shared_ranges(lengths, prompts)
+        if not pairs:
             return None
-        return cls(
-            query_N=on_device(np.concatenate(runs), device),
-            key_M=on_device(np.concatenate(keys), device),
-            queries=Borders.of([run.size for run in runs], device),
-            keys=Borders.of([key.size for key in keys], device),
-        )
+        (query_N, queries), (key_M, keys) = (_together(ranges, device) for ranges in zip(*pairs, strict=True))
+        return cls(query_N=query_N, key_M=key_M, queries=queries, keys=keys)
+
+
+def ranges_of(lengths: Sequence[int]) -> list[slice]:
+    """Of each segment, its tokens in the row."""
+    return [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
+
+
+def shared_ranges(lengths: Sequence[int], prompts: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Of every run of responses with one prompt, which follow one another: the run's tokens, and the prompt's."""
+    ranges, pairs = ranges_of(lengths), []
+    for prompt, members in groupby(range(len(ranges)), key=lambda i: prompts[i]):
+        if prompt >= 0:
+            first, *_, last = [ranges[i] for i in members] * 2
+            pairs.append((slice(first.start, last.stop), ranges[prompt]))
+    return pairs
+
+
+def _together(ranges: Sequence[slice], device: torch.device) -> tuple[torch.Tensor, Borders]:
+    positions = np.concatenate([np.arange(one.start, one.stop) for one in ranges])
+    return on_device(positions, device), Borders.of([one.stop - one.start for one in ranges], device)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy for which the host does not wait."""
+    """A copy for which the host does not wait, as it would for one from memory that is not pinned."""
     host = torch.from_numpy(array)
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

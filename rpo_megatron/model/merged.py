@@ -17,11 +17,11 @@ that share one head of keys and values, d numbers per head.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 
+from rpo_megatron.model.borders import ranges_of, shared_ranges
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.sinks import sink_gradient, take_sink_
 
@@ -60,21 +60,13 @@ def merged_attention(
 
 
 def own_blocks(segments: Segments) -> Iterator[Block]:
-    for segment in _ranges(segments):
+    for segment in ranges_of(segments.lengths):
         yield Block(queries=segment, keys=segment, causal=True)
 
 
 def shared_blocks(segments: Segments) -> Iterator[Block]:
-    ranges = _ranges(segments)
-    for prompt, members in groupby(range(len(ranges)), key=lambda i: segments.prompts[i]):
-        if prompt >= 0:
-            first, *_, last = [ranges[i] for i in members] * 2
-            yield Block(queries=slice(first.start, last.stop), keys=ranges[prompt], causal=False)
-
-
-def _ranges(segments: Segments) -> list[slice]:
-    ends = list(torch.tensor(segments.lengths).cumsum(0).tolist())
-    return [slice(end - length, end) for end, length in zip(ends, segments.lengths, strict=True)]
+    for queries, keys in shared_ranges(segments.lengths, segments.prompts):
+        yield Block(queries=queries, keys=keys, causal=False)
 
 
 class _Merged(torch.autograd.Function):
@@ -96,7 +88,7 @@ class _Merged(torch.autograd.Function):
             out[:, :, at], lse[:, :, at] = _attend(query, keys, values, block, scale)
         for block in shared_blocks(segments):
             at = block.queries
-            _merge_(out[:, :, at], lse[:, :, at], *_attend(query, keys, values, block, scale))
+            merge_(out[:, :, at], lse[:, :, at], *_attend(query, keys, values, block, scale))
         if sink is not None:
             take_sink_(out, lse, sink)
         ctx.save_for_backward(query, key, value, sink, out, lse)
@@ -136,8 +128,8 @@ def _attend(
     return out, lse
 
 
-def _merge_(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Take the result of other keys into `out` and `lse`."""
+def merge_(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Take the result [..., T, d] and log-sum-exp [..., T] of other keys into `out` and `lse`."""
     weight = (other_lse - lse).sigmoid()  # exp(other_lse) of exp(lse) + exp(other_lse)
     out.copy_(torch.lerp(out.float(), other_out.float(), weight[..., None]))
     lse.copy_(torch.logaddexp(lse, other_lse))

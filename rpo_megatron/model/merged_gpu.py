@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rpo_megatron.model.borders import Borders, SharedBorders
+from rpo_megatron.model.merged import merge_
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.sinks import sink_gradient, take_sink_
 
@@ -97,12 +98,10 @@ class _Merged(torch.autograd.Function):
             n, m = borders.query_N, borders.key_M
             out_Nhd, lse_hN, state = attend(query_Thd[n], key_Tgd[m], value_Tgd[m], scale)
             states.append(state)
-            own_lse_hN = lse_hT[:, n]
-            # exp(lse of the prompt) of exp(lse of the prompt) + exp(lse of the response)
-            weight_Nh1 = (lse_hN - own_lse_hN).sigmoid().T[..., None]
-            merged_Nhd = torch.lerp(out_Thd[n].float(), out_Nhd.float(), weight_Nh1)
-            out_Thd.index_copy_(0, n, merged_Nhd.to(out_Thd.dtype))
-            lse_hT.index_copy_(1, n, torch.logaddexp(own_lse_hN, lse_hN))
+            merged_Nhd, merged_lse_hN = out_Thd[n], lse_hT[:, n]
+            merge_(merged_Nhd.transpose(0, 1), merged_lse_hN, out_Nhd.transpose(0, 1), lse_hN)
+            out_Thd.index_copy_(0, n, merged_Nhd)
+            lse_hT.index_copy_(1, n, merged_lse_hN)
         if sink_h1 is not None:
             take_sink_(out_Thd.transpose(0, 1), lse_hT, sink_h1)
         ctx.save_for_backward(query_Thd, key_Tgd, value_Tgd, sink_h1, out_Thd, lse_hT)

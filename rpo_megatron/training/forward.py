@@ -19,6 +19,7 @@ from megatron.core.utils import get_model_config
 
 from rpo_megatron.data.microbatch import MicroBatch
 from rpo_megatron.distributed import Axis
+from rpo_megatron.model.borders import on_device
 from rpo_megatron.model.chunks import in_turns
 from rpo_megatron.model.context import part_of
 from rpo_megatron.model.logprobs import response_logps
@@ -72,10 +73,7 @@ def to_device(microbatch: MicroBatch, device: torch.device, *, cp: Axis | None =
     """`cp` is the context axis; None stands for one of size 1."""
 
     def tensor(array: Any) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if device.type == "cuda":
-            host = host.pin_memory()  # from other memory the host would wait for every copy
-        return host.to(device, non_blocking=True)
+        return on_device(array, device)
 
     def optional(array: Any) -> torch.Tensor | None:
         return None if array is None else tensor(array)
