@@ -295,10 +295,10 @@ class KernelsConfig:
     """Log-probabilities without logits: `tiles` of the output layer in torch, or the same with Triton kernels between
     the matrix multiplications (GPU). auto: tiles."""
     keep_logits_mib: int | None = None
-    """Memory of each process of the last pipeline stage for tiles of logits that backward then need not compute again:
-    as many as fit. Those of all rows, scored tokens x vocabulary / parallel.tensor numbers in `precision`, save a
-    quarter of the output layer's multiplications; 0 keeps none. The results are the same to the bit. null: 32 on a
-    CPU, 512 on a GPU."""
+    """Memory of each process of the last pipeline stage for tiles of logits that backward then need not compute again,
+    as many as fit; with parallel.virtual > 1, of each of the few rows that may be there at once. All of a row's, scored
+    tokens x vocabulary / parallel.tensor numbers in `precision`, save a quarter of the output layer's multiplications;
+    0 keeps none. The results are the same to the bit. null: 32 on a CPU, 512 on a GPU."""
     layers: Literal["auto", "megatron", "transformer_engine"] = "auto"
     """Linear layers and norms: megatron's own, or Transformer Engine's, which fuse the two, multiply with all experts
     of a rank in one kernel (megatron's take them one after the other) and know FP8. auto: Transformer Engine's with

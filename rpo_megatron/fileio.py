@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,9 +58,20 @@ def _lock(path: Path) -> BinaryIO:
         except OSError:
             file.close()
             raise
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()  # its holder deleted it after we had opened it: try the next one
+
+
+def put_in_place(staging: Path, directory: Path) -> None:
+    """Give a complete directory its name, once all of it is on disk: what has the name is whole, whenever power fails.
+
+    `directory`, beside it, must not exist.
+    """
+    fsync_tree(staging)
+    staging.rename(directory)
+    fsync(directory.parent)
 
 
 def fsync_tree(directory: Path) -> None:

@@ -28,6 +28,7 @@ PARTS = {
     "knobs": "base",
     "fileio": "base",
     "flags": "base",
+    "processes": "base",
     "cpu": "distributed",
     "distributed": "distributed",
     "objectives": "objectives",

@@ -3,8 +3,8 @@
 import pytest
 
 from rpo_megatron.config import ParallelConfig
-from rpo_megatron.distributed import check_world
 from rpo_megatron.errors import UserError
+from rpo_megatron.processes import check_world
 
 
 @pytest.mark.parametrize(

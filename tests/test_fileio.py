@@ -9,6 +9,10 @@ import pytest
 from rpo_megatron import fileio
 
 
+def die(*_: object) -> None:
+    raise OSError("disk full")
+
+
 def test_write_json(tmp_path: Path) -> None:
     """Escaped or mangled names would not be found again; a missing last newline glues files together in a terminal."""
     path = tmp_path / "x.json"
@@ -33,14 +37,24 @@ def test_a_write_that_dies_leaves_the_old_text(tmp_path: Path, monkeypatch: pyte
     on disk, after a power cut."""
     path = tmp_path / "latest"
     fileio.write_text_atomically(path, "old")
-
-    def die(*_: object) -> None:
-        raise OSError("disk full")
-
     monkeypatch.setattr(os, dies_in, die)
     with pytest.raises(OSError, match="disk full"):
         fileio.write_text_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_directory_has_its_name_only_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename before the flush leaves, after a power cut, a checkpoint or an adapter that opens and is empty."""
+    staging, directory = tmp_path / "x.incomplete", tmp_path / "x"
+    staging.mkdir()
+    (staging / "state.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", die)
+        with pytest.raises(OSError, match="disk full"):
+            fileio.put_in_place(staging, directory)
+    assert not directory.exists()
+    fileio.put_in_place(staging, directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_fsync_tree_reaches_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

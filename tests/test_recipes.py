@@ -125,6 +125,7 @@ class Recipe:
 RECIPES = [
     Recipe(file="llama31_8b_h100/bf16.yaml", config_json=LLAMA31_8B, parameters=8.03, processes=8),
     Recipe(file="llama31_8b_h100/fp8.yaml", config_json=LLAMA31_8B, parameters=8.03, processes=8),
+    Recipe(file="llama31_8b_1gpu/lora.yaml", config_json=LLAMA31_8B, parameters=8.03, processes=1),
     Recipe(file="llama31_70b_4nodes/bf16.yaml", config_json=LLAMA31_70B, parameters=70.55, processes=32),
     Recipe(file="qwen3_30b_a3b_2nodes/bf16.yaml", config_json=QWEN3_30B_A3B, parameters=30.53, processes=16),
     Recipe(file="qwen2_5_0_5b_1gpu/bf16.yaml", config_json=QWEN25_05B, parameters=0.494, processes=1),

@@ -22,7 +22,7 @@ from rpo_megatron.data.tokenizer import EncodedTexts, Encoder, Tokenizer, encode
 from rpo_megatron.errors import UserError
 
 
-class LaidOut(msgspec.Struct, frozen=True, kw_only=True):
+class LaidOut(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A group as texts to tokenize."""
 
     where: str

@@ -43,7 +43,7 @@ PROMPT_LIKE = ("question", "instruction", "query", "input", "context", "problem"
 """A pair with such a column is not a full transcript; its prompt column has to be named."""
 
 
-class RawGroup(msgspec.Struct, frozen=True, kw_only=True):
+class RawGroup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A prompt and its responses as text."""
 
     where: str

@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 
 from rpo_megatron.data.batch import starts
-from rpo_megatron.data.indexed import PARTIAL, FileInfo
+from rpo_megatron.data.indexed import FileInfo
 from rpo_megatron.errors import UserError
+from rpo_megatron.fileio import write_text_atomically
 
 FORMAT = 1
 """Raised when a store of the older format can no longer be read."""
@@ -124,9 +125,8 @@ class ColumnManifest:
 
 def write_record(record: Any, path: Path) -> None:
     """Write a dataclass as JSON: complete under its name, or not at all."""
-    partial = Path(f"{path}{PARTIAL}")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-    partial.replace(path)
+    text = msgspec.json.format(msgspec.json.encode(record), indent=1).decode()
+    write_text_atomically(path, text + "\n")
 
 
 def read_record(cls: type[R], path: Path) -> R:

@@ -4,9 +4,9 @@ plan and keeps its share.
 1. Groups go, costliest first, to the data-parallel rank that has the least work so far, whatever room there is; what
    first-fit decreasing then makes of each rank's share bounds the plan: so many rows, so much work on the busiest rank.
 2. Upwards from the fewest rows that could hold the tokens (and that a pipeline with several chunks of layers on each
-   rank needs), groups are spread over the ranks by cost, each with so many
-   rows of limited room (partition.py). The first number of rows that works with no more work on the busiest rank than
-   in 1 is taken; if none does, the shares of 1.
+   rank needs), groups are spread over the ranks by cost, each with so many rows of limited room (partition.py). The
+   first number of rows that works with no more work on the busiest rank than in 1 is taken; if none does, the shares
+   of 1.
 3. Each rank's groups are spread once more over its rows, by cost. The rows come costliest first, so that those that the
    ranks compute at the same time cost about the same.
 

@@ -13,11 +13,7 @@ and tokenizes each word for itself:
 4. No added token holds a space, or takes in the white space beside it. NFC changes nothing across a space.
 """
 
-from typing import Any
-
-import msgspec
-
-from rpo_megatron.data.words import GPT2, source_of
+from rpo_megatron.data.words import GPT2, Definition
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -27,36 +23,13 @@ QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 PATTERNS = frozenset({GPT2, LLAMA_3, QWEN_2})
 
 
-class _Added(msgspec.Struct):
-    content: str
-    single_word: bool
-    lstrip: bool
-    rstrip: bool
-
-
-class _Model(msgspec.Struct):
-    type: str | None = None
-    dropout: float | None = None
-
-
-class _Definition(msgspec.Struct):
-    """What counts of a tokenizer.json."""
-
-    added_tokens: list[_Added]
-    normalizer: dict[str, Any] | None
-    pre_tokenizer: dict[str, Any] | None
-    model: _Model
-
-
 def has_safe_places(definition: str | bytes | None) -> bool:
     """Of a tokenizer.json (text); other tokenizers have none."""
     if not isinstance(definition, str):
         return False
-    tree = msgspec.json.decode(definition, type=_Definition)
-    plain = not any(" " in t.content or t.single_word or t.lstrip or t.rstrip for t in tree.added_tokens)
-    normal = tree.normalizer in (None, {"type": "NFC"})
-    model = tree.model.type == "BPE" and not tree.model.dropout
-    return plain and normal and model and source_of(tree.pre_tokenizer) in PATTERNS
+    kind = Definition.read(definition)
+    keeps_spaces = kind.normalizer in (None, {"type": "NFC"}) and not any(" " in t.content for t in kind.added_tokens)
+    return kind.is_plain_bpe and keeps_spaces and kind.source in PATTERNS
 
 
 def last_safe_place(text: str) -> int:

@@ -134,7 +134,7 @@ def _json_lines(file: Path, share: Share) -> Iterator[RawRow]:
         opened = _decompressed(file, raw)
         try:
             for line, text in enumerate(opened.lines, start=1):
-                done = raw.tell() if opened.is_smaller else done + len(text)
+                done = raw.tell() if opened.is_compressed else done + len(text)
                 if not text.isspace():
                     yield RawRow(f"{name}:{line}", text, start + done * per_byte)
         except opened.errors as error:
@@ -147,15 +147,15 @@ class _Opened:
     lines: Iterable[bytes]
     errors: tuple[type[Exception], ...]
     """What damaged content raises."""
-    is_smaller: bool = True
-    """The file is, than its lines are."""
+    is_compressed: bool = True
+    """Then the lengths of the lines do not say how much of the file is read."""
 
 
 def _decompressed(file: Path, raw: BinaryIO) -> _Opened:
     if file.name.endswith(".gz"):
         return _Opened(lines=gzip.open(raw), errors=(EOFError, gzip.BadGzipFile, zlib.error))
     if not file.name.endswith(".zst"):
-        return _Opened(lines=raw, errors=(), is_smaller=False)
+        return _Opened(lines=raw, errors=(), is_compressed=False)
     try:
         import zstandard
     except ImportError:

@@ -75,7 +75,11 @@ def load_template(choice: str, tokenizer: Tokenizer) -> ChatTemplate | None:
         path = Path(choice)
         if not path.is_file():
             raise UserError(f"chat_template '{choice}': no such file (give auto, none, or the path of a Jinja file)")
-        return ChatTemplate(path.read_text("utf-8"), source=choice, special_names=tokenizer.special_names)
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"chat_template '{choice}': not a text in UTF-8 ({error}); save it as one") from None
+        return ChatTemplate(text, source=choice, special_names=tokenizer.special_names)
     if tokenizer.chat_template is None:
         return None
     return ChatTemplate(tokenizer.chat_template, source="tokenizer", special_names=tokenizer.special_names)

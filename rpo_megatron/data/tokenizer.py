@@ -215,8 +215,11 @@ class _HuggingFace:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: transformers cannot load a tokenizer from here: {error}") from None
+        except Exception as error:  # the tokenizers library has no class of its own for what it cannot read
+            raise UserError(
+                f"{path}: transformers cannot load a tokenizer from here: {error}; copy the directory again, or update "
+                "transformers and tokenizers to the versions that wrote it"
+            ) from None
         tokenizer = self._tokenizer
         self.vocab_size = len(tokenizer)
         self.bos_id: int | None = tokenizer.bos_token_id

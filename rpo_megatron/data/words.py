@@ -9,12 +9,12 @@ the same way (pattern_of), and character classes list the characters that the li
 with more characters than are listed, and every tokenizer of another kind, goes to the library.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rpo_megatron.data.probes import probe_texts
@@ -127,34 +127,68 @@ class _Classes:
 
 def word_encoder(library: Any) -> WordEncoder | None:
     """For a tokenizers.Tokenizer, or None if it is not of a kind that this serves."""
-    tree = json.loads(library.to_str())
-    source = source_of(tree["pre_tokenizer"])
-    model, added = tree["model"], tree["added_tokens"]
-    is_plain = not any(token[key] for token in added for key in ("single_word", "lstrip", "rstrip"))
-    one_pass = len({token["normalized"] for token in added}) < 2 and not library.encode_special_tokens
-    is_bpe = model["type"] == "BPE" and not model["dropout"]
-    if source is None or tree["normalizer"] is not None or not (is_plain and one_pass and is_bpe):
+    kind = Definition.read(library.to_str())
+    source = kind.source
+    one_pass = len({token.normalized for token in kind.added_tokens}) < 2 and not library.encode_special_tokens
+    if source is None or kind.normalizer is not None or not (kind.is_plain_bpe and one_pass):
         return None
     try:
-        encoder = WordEncoder(library, source, {token["content"]: token["id"] for token in added})
+        encoder = WordEncoder(library, source, {token.content: token.id for token in kind.added_tokens})
     except (NotSharedError, re.error):
         return None
     return encoder if encoder.is_usable else None
 
 
-def source_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The regular expression that cuts, if that is all that happens before bytes become characters."""
-    steps = [pre_tokenizer or {"type": "none"}]
-    if steps[0]["type"] == "Sequence":
-        steps = steps[0]["pretokenizers"]
-    *splits, last = steps
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        return None
-    if not splits:
-        return GPT2 if last["use_regex"] else None
-    [split, *more] = splits
-    usual = split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"]
-    return split["pattern"].get("Regex") if usual and not more and not last["use_regex"] else None
+# ------------------------------------------------------------------------------------------------ kinds of tokenizers
+
+
+class AddedToken(msgspec.Struct):
+    """Of a tokenizer.json."""
+
+    id: int
+    content: str
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+
+
+class _Model(msgspec.Struct):
+    type: str
+    dropout: float | None = None
+
+
+class Definition(msgspec.Struct):
+    """What counts of a tokenizer.json as the library writes it."""
+
+    added_tokens: list[AddedToken]
+    normalizer: dict[str, Any] | None
+    pre_tokenizer: dict[str, Any] | None
+    model: _Model
+
+    @classmethod
+    def read(cls, text: str) -> "Definition":
+        return msgspec.json.decode(text, type=cls)
+
+    @property
+    def is_plain_bpe(self) -> bool:
+        """Always the same tokens, and added ones are found by their text alone, whatever stands beside them."""
+        looks_around = any(token.single_word or token.lstrip or token.rstrip for token in self.added_tokens)
+        return self.model.type == "BPE" and not self.model.dropout and not looks_around
+
+    @property
+    def source(self) -> str | None:
+        """The regular expression that cuts, if that is all that happens before bytes become characters."""
+        whole = self.pre_tokenizer or {"type": "Sequence", "pretokenizers": []}
+        steps = whole["pretokenizers"] if whole["type"] == "Sequence" else [whole]
+        if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+            return None
+        *splits, last = steps
+        if not splits:
+            return GPT2 if last["use_regex"] else None
+        [split, *more] = splits
+        usual = split["type"] == "Split" and split["behavior"] == "Isolated" and not split["invert"]
+        return split["pattern"].get("Regex") if usual and not more and not last["use_regex"] else None
 
 
 # ------------------------------------------------------------------------------------------------ patterns

@@ -16,11 +16,10 @@ from typing import Any
 
 from rpo_megatron.errors import UserError, nearest
 from rpo_megatron.model.shape import ModelShape
-from rpo_megatron.model.table import Entry, Part, Split, entries
+from rpo_megatron.model.table import Entry, Part, entries
 
-ADAPTED: tuple[Split, ...] = ("qkv", "gated", "rows", "input")
-"""Matrices of the layers; not norms, routers, embeddings and heads."""
-IN, OUT = "lora_A", "lora_B"
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""PEFT's names of the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +47,12 @@ class AdaptedMatrix:
     """One of megatron's matrices, and the rows of the table that its adapter adds."""
 
     base: Entry
+    module: str
+    """megatron's name of the layer that it belongs to."""
     chosen: tuple[Part, ...]
     """The parts of `base` that are adapted."""
-    into: Entry
-    """A."""
-    out: Entry
-    """B."""
-
-    @property
-    def module(self) -> str:
-        """megatron's name of the layer that the matrix belongs to."""
-        return self.base.name.removesuffix(".weight")
+    a: Entry
+    b: Entry
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -97,7 +91,7 @@ def adapted_matrices(shape: ModelShape, adapter: Adapter) -> list[AdaptedMatrix]
 
 def adapter_entries(shape: ModelShape, adapter: Adapter) -> list[Entry]:
     """Every weight of the adapter, once, as in table.py. Names are PEFT's, without what it puts before them."""
-    return [entry for matrix in adapted_matrices(shape, adapter) for entry in (matrix.into, matrix.out)]
+    return [entry for matrix in adapted_matrices(shape, adapter) for entry in (matrix.a, matrix.b)]
 
 
 def num_adapter_parameters(shape: ModelShape, adapter: Adapter) -> int:
@@ -105,31 +99,32 @@ def num_adapter_parameters(shape: ModelShape, adapter: Adapter) -> int:
 
 
 def _adapted(base: Entry, chosen: tuple[Part, ...], rank: int) -> AdaptedMatrix:
-    module = base.name.removesuffix(".weight")
-    width = chosen[0].shape[1]
+    module, width = base.name.removesuffix(".weight"), chosen[0].shape[1]
     names = dict.fromkeys(part.tensor.removesuffix(".weight") for part in chosen)
-    into = tuple(Part(tensor=f"{name}.{IN}.weight", shape=(rank, width)) for name in names)
-    out = tuple(
-        replace(part, tensor=part.tensor.removesuffix("weight") + f"{OUT}.weight", shape=(part.shape[0], rank))
+    a = tuple(Part(tensor=f"{name}.{LORA_A}.weight", shape=(rank, width)) for name in names)
+    b = tuple(
+        replace(part, tensor=part.tensor.removesuffix("weight") + f"{LORA_B}.weight", shape=(part.shape[0], rank))
         for part in chosen
     )
     by_input = base.split == "input"
     return AdaptedMatrix(
         base=base,
+        module=module,
         chosen=chosen,
-        into=Entry(name=f"{module}.{IN}", parts=into, split="input" if by_input else "replicated"),
-        out=Entry(name=f"{module}.{OUT}", parts=out, split="replicated" if by_input else base.split),
+        a=Entry(name=f"{module}.{LORA_A}", parts=a, split="input" if by_input else "replicated"),
+        b=Entry(name=f"{module}.{LORA_B}", parts=b, split="replicated" if by_input else base.split),
     )
 
 
 def _adaptable(shape: ModelShape) -> list[Entry]:
+    """Matrices of the layers that tensor ranks share; not norms, routers, embeddings and heads."""
     attention_only = shape.experts is not None
     return [
         entry
         for entry in entries(shape)
         if entry.name.startswith("decoder.layers.")
         and entry.name.endswith(".weight")
-        and entry.split in ADAPTED
+        and entry.split != "replicated"
         and not (attention_only and ".mlp." in entry.name)
     ]
 

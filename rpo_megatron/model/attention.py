@@ -49,19 +49,20 @@ def choose_attention(name: AttentionName, device: torch.device) -> AttentionName
 def check_attention(name: AttentionName, shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where the chosen implementation cannot compute the model."""
     key = f"kernels.attention={name}"
-    if name == "te" and device.type == "cpu":
+    if name in ("merged", "te") and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError(f"{key} computes in bf16 on a GPU: set precision=bf16, or use kernels.attention=sdpa")
+    if name != "te":
+        return
+    if device.type == "cpu":
         raise UserError(f"{key} needs an NVIDIA GPU; set kernels.attention=auto on this machine")
-    if name == "te" and shape.attention_softcap is not None:
+    if shape.attention_softcap is not None:
         raise UserError(
             f"{key} has no fused kernel for the soft-cap on attention scores that {shape.family} has; use "
             f"kernels.attention=flex or sdpa"
         )
-    if name == "te" and shape.sinks:
+    if shape.sinks:
         raise UserError(f"{key} does not know the sinks that {shape.family} has; use kernels.attention=auto")
-    if name in ("merged", "te") and device.type == "cuda" and dtype != torch.bfloat16:
-        raise UserError(f"{key} computes in bf16 on a GPU: set precision=bf16, or use kernels.attention=sdpa")
-    if name == "te":
-        check_transformer_engine(key, least=(2, 9))  # the first with `autocast`
+    check_transformer_engine(key, least=(2, 9))  # the first with `autocast`
 
 
 def segment_attention(
@@ -77,11 +78,12 @@ def segment_attention(
 ) -> torch.Tensor:
     """A call per segment. A response that shares its prompt has the keys [prompt, response], joined for it, and a mask
     of response x (prompt + response) numbers, made once per row and used by all layers; so has a segment that is longer
-    than `window`, how many last tokens a token sees."""
+    than `window`, how many last tokens a token sees. Sinks and a soft-cap exclude each other."""
     queries, keys, values = (
         [part.permute(1, 2, 0, 3) for part in tensor.split(segments.lengths)]
         for tensor in (query_T1hd, key_T1gd, value_T1gd)
     )  # each [1, heads, tokens, d]
+    assert softcap is None or sink_h is None
     outputs = []
     for i, prompt in enumerate(segments.prompts):
         keys_i, values_i, mask = keys[i], values[i], None
@@ -92,22 +94,19 @@ def segment_attention(
             sinks = 0 if sink_h is None else 1
             mask = segments.mask(i, window=seen, sinks=sinks, dtype=query_T1hd.dtype, device=query_T1hd.device)
         if softcap is not None:
-            assert sink_h is None
-            outputs.append(_softcapped(queries[i], keys_i, values_i, mask, scale=scale, softcap=softcap))
-            continue
-        if sink_h is not None:
+            output = _softcapped(queries[i], keys_i, values_i, mask, scale=scale, softcap=softcap)
+        elif sink_h is not None:
             output = attend_with_sink_key(queries[i], keys_i, values_i, mask, sink_h, scale=scale)
-            outputs.append(output.permute(2, 0, 1, 3))
-            continue
-        output = F.scaled_dot_product_attention(
-            queries[i],
-            keys_i,
-            values_i,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=query_T1hd.shape[2] != key_T1gd.shape[2],
-        )
+        else:
+            output = F.scaled_dot_product_attention(
+                queries[i],
+                keys_i,
+                values_i,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=query_T1hd.shape[2] != key_T1gd.shape[2],
+            )
         outputs.append(output.permute(2, 0, 1, 3))
     return torch.cat(outputs)
 
@@ -115,13 +114,13 @@ def segment_attention(
 def _softcapped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, *, scale: float, softcap: float
 ) -> torch.Tensor:
-    """[t, 1, h, d] from query [1, h, t, d], key and value [1, g, s, d]: scores z become softcap * tanh(z / softcap)
+    """[1, h, t, d] from query [1, h, t, d], key and value [1, g, s, d]: scores z become softcap * tanh(z / softcap)
     before the softmax (Gemma 2, arXiv 2408.00118, section 2). torch has no kernel for this: the scores of the segment
     exist, in fp32."""
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * (scale / softcap)
     weights = (scores.tanh() * softcap + mask).softmax(-1)
-    return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2).permute(2, 0, 1, 3)
+    return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
 
 
 def block_attention(

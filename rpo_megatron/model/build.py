@@ -4,14 +4,12 @@ The one file that constructs megatron models (GPTModel is announced as deprecate
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from megatron.core.activations import squared_relu
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -27,34 +25,23 @@ from rpo_megatron.model.context import sum_over_parts, whole_tokens
 from rpo_megatron.model.embedding import use_row_gradients
 from rpo_megatron.model.entropy import token_entropy
 from rpo_megatron.model.expert_bias import own_expert_biases
-from rpo_megatron.model.families import Activation
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
 from rpo_megatron.model.linear import use_fast_products
 from rpo_megatron.model.logprobs import choose_kept, choose_logprobs, scored_hidden, token_logprobs
+from rpo_megatron.model.megatron_config import RECOMPUTE, Recompute, transformer_config
 from rpo_megatron.model.precision import check_hardware, check_transformer_engine, megatron_fields
 from rpo_megatron.model.rotary import Rotary
-from rpo_megatron.model.router import members, routing, use_group_routers
+from rpo_megatron.model.router import members, use_group_routers
 from rpo_megatron.model.row import Row
 from rpo_megatron.model.scores import Scores
-from rpo_megatron.model.shape import ModelShape, chunk_layers, padded_vocab
+from rpo_megatron.model.shape import ModelShape, padded_vocab
 from rpo_megatron.model.swiglu import fuse_swiglu
 from rpo_megatron.model.te_layers import te_block_spec
 from rpo_megatron.model.token_kl import token_kl
 from rpo_megatron.model.vocab import VocabShard
 
 Precision = Literal["fp32", "bf16"]
-ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": squared_relu,
-}
-Recompute = Literal["none", "mlp", "full"]
-RECOMPUTE: dict[Recompute, dict[str, Any]] = {
-    "none": {},
-    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -202,7 +189,7 @@ def build(
     fp8, kernels = fp8 or Fp8Config(), kernels or KernelsConfig()
     config = transformer_config(
         shape,
-        precision=precision,
+        dtype=DTYPES[precision],
         sequence_parallel=sequence_parallel,
         groups=groups,
         **RECOMPUTE[recompute],
@@ -217,14 +204,15 @@ def build(
 
     def part(chunk: int | None) -> ScoringModel:
         layers = _layers(config, shape, kernels, fp8, groups, chunk)
-        use_group_routers(layers, moe or MoeConfig(), biased=shape.experts is not None and shape.experts.biased)
+        if shape.experts is not None:
+            use_group_routers(layers, moe or MoeConfig(), biased=shape.experts.biased)
         # With gradients enabled, megatron lets FP8 weights keep the values that they were made from, in host memory.
         with torch.set_grad_enabled(not fp8_weights):
             return ScoringModel(config, shape, groups, layers=layers, logprobs=logprobs, chunk=chunk).to(groups.device)
 
     model: Model = part(None) if groups.virtual == 1 else Chunks(map(part, range(groups.virtual)))
     fuse_swiglu(model, shape)
-    if shape.biases and shape.experts is not None:
+    if shape.biases:
         own_expert_biases(model, groups.etp)
     compat.mark_sharded_weights(model)
     use_row_gradients(model)
@@ -299,98 +287,3 @@ def _layers(
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
     return te_block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
-
-
-def transformer_config(
-    shape: ModelShape, *, precision: Precision, sequence_parallel: bool, groups: Groups, **fields: Any
-) -> TransformerConfig:
-    """`fields` are further ones of megatron's."""
-    dtype = DTYPES[precision]
-    config = TransformerConfig(
-        **_architecture(shape),
-        **_pipeline(chunk_layers(shape, groups.pp.size, groups.virtual), groups),
-        **fields,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision == "bf16",
-        tensor_model_parallel_size=groups.tp.size,
-        pipeline_model_parallel_size=groups.pp.size,
-        context_parallel_size=groups.cp.size,
-        expert_model_parallel_size=groups.ep.size,
-        sequence_parallel=sequence_parallel,
-        # The exact mean over the groups of the global batch: losses are sums, counts travel beside them, and megatron
-        # divides once. "Token" in its name is whatever the count counts.
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-        # Rows differ in length. Megatron's check asks for the all-to-all dispatcher even in dense models.
-        variable_seq_lengths=groups.pp.size > 1,
-        batch_p2p_sync=False,  # against a race of old versions of torch: the host would wait for every message
-        moe_token_dispatcher_type="alltoall",
-        perform_initialization=False,
-        use_cpu_initialization=groups.device.type == "cpu",
-        # Fused kernels need apex or Transformer Engine.
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-    )
-    # Not before: megatron refuses biases of experts that are split over tensor ranks, which expert_bias.py sees to.
-    config.add_bias_linear = shape.biases
-    return config
-
-
-def _pipeline(chunks: tuple[int, ...], groups: Groups) -> dict[str, Any]:
-    """Which layers are where, and how they pass on what they computed."""
-    if groups.virtual > 1:
-        names = [["decoder"] * count for count in chunks]
-        return {
-            "virtual_pipeline_model_parallel_size": groups.virtual,
-            "pipeline_model_parallel_layout": [["embedding", *names[0]], *names[1:-1], [*names[-1], "loss"]],
-            # Transfers run behind computation. Its other way of sending confuses the two messages that two stages have
-            # for each other at once, without saying so; 1F1B, with one chunk for each rank, knows only that other way.
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
-    if len(set(chunks)) == 1:
-        return {}
-    return {"num_layers_in_first_pipeline_stage": chunks[0], "num_layers_in_last_pipeline_stage": chunks[-1]}
-
-
-def _architecture(shape: ModelShape) -> dict[str, Any]:
-    return {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_kv_heads,
-        "kv_channels": shape.head_dim,
-        "ffn_hidden_size": shape.ffn_size,
-        "gated_linear_unit": shape.gated,
-        "activation_func": ACTIVATIONS[shape.activation],
-        "normalization": "LayerNorm" if shape.norm == "layer1p" else "RMSNorm",
-        "layernorm_epsilon": shape.norm_eps,
-        "layernorm_zero_centered_gamma": shape.norm.endswith("1p"),
-        "softmax_scale": shape.attention_scale,
-        "qk_layernorm": shape.qk_norm,
-        "add_bias_linear": False,
-        "add_qkv_bias": shape.qkv_bias,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        **_experts(shape),
-    }
-
-
-def _experts(shape: ModelShape) -> dict[str, Any]:
-    experts = shape.experts
-    if experts is None:
-        return {}
-    return {
-        "num_moe_experts": experts.count,
-        "moe_ffn_hidden_size": experts.ffn_size,
-        **routing(experts),
-        "moe_shared_expert_intermediate_size": experts.shared_ffn_size or None,
-        "moe_shared_expert_gate": experts.shared_gate,
-        # A list also where all layers have experts: layers that differ are told apart in checkpoints by their number.
-        "moe_layer_freq": [int(shape.has_experts(layer)) for layer in range(shape.num_layers)],
-    }

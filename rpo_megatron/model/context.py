@@ -81,9 +81,8 @@ def attend_over_heads(
     copies = max(1, cp.size // key_t1gd.shape[2])
     key_t1gd, value_t1gd = (tensor.repeat_interleave(copies, dim=2) for tensor in (key_t1gd, value_t1gd))
     whole = [_to_heads(tensor, cp) for tensor in (query_t1hd, key_t1gd, value_t1gd)]
-    if sink_h is None:
-        return _to_tokens(attend(*whole, *others), cp)
-    return _to_tokens(attend(*whole, *others, sink_h=sink_h.chunk(cp.size)[cp.rank]), cp)
+    sinks = {} if sink_h is None else {"sink_h": sink_h.chunk(cp.size)[cp.rank]}
+    return _to_tokens(attend(*whole, *others, **sinks), cp)
 
 
 def _to_heads(tensor_t1hd: torch.Tensor, cp: Axis) -> torch.Tensor:

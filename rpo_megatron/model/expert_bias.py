@@ -24,7 +24,7 @@ def own_expert_biases(model: torch.nn.Module, etp: Axis) -> None:
 
 
 def _own(layer: Any, etp: Axis) -> None:
-    # Megatron adds the bias in place, which the result of a matrix does not allow.
+    # Megatron adds the bias in place, which autograd refuses for the view that a reduction over one rank gives.
     layer.register_forward_hook(lambda _, __, results: (results[0].clone(), _part(results[1], etp.size)))
     layer.bias.sequence_parallel = False  # each rank that has it sees all of its expert's tokens
     if etp.size == 1:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rpo_megatron.errors import UserError
+from rpo_megatron.model.accounting import describe, mismatches
 from rpo_megatron.model.hf_io import HFReader
 from rpo_megatron.model.shape import ModelShape, padded_vocab
 from rpo_megatron.model.table import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT, Entry, Part, entries, hf_tensors
@@ -138,19 +139,11 @@ def check_accounted(reader: HFReader, shape: ModelShape) -> None:
         for name, info in reader.tensors.items()
         if not name.endswith(NOT_WEIGHTS) and not name.startswith(beyond)
     }
-    problems = {
-        "missing": needed.keys() - found.keys(),
-        f"not part of a {shape.family} model": found.keys() - needed.keys(),
-        "of the wrong shape": [
-            f"{name} (expected {list(full)}, found {list(found[name].shape)})"
-            for name, full in needed.items()
-            if name in found and found[name].shape != full
-        ],
-        f"not one of {', '.join(FLOATS)}": [f"{n} ({i.dtype})" for n, i in found.items() if i.dtype not in FLOATS],
-    }
-    lines = [f"{len(list(names))} {what}: {_shorten(names)}" for what, names in problems.items() if names]
-    if lines:
-        raise UserError(f"{reader.directory}: tensors do not match config.json -- " + "; ".join(lines))
+    problems = mismatches({n: i.shape for n, i in found.items()}, needed, owner=f"a {shape.family} model")
+    no_floats = sorted(f"{n} ({i.dtype})" for n, i in found.items() if i.dtype not in FLOATS)
+    wrong = describe({**problems, f"not one of {', '.join(FLOATS)}": no_floats})
+    if wrong:
+        raise UserError(f"{reader.directory}: tensors do not match config.json -- {wrong}")
     if HF_OUTPUT in needed and shape.tied_embeddings and not _equal(reader, HF_EMBEDDING, HF_OUTPUT):
         raise UserError(
             f"{reader.directory}: config.json says tie_word_embeddings=true, but {HF_OUTPUT} differs from "
@@ -162,8 +155,3 @@ def _equal(reader: HFReader, name: str, other: str) -> bool:
     a, b = reader.read(name), reader.read(other)
     starts = range(0, reader.tensors[name].shape[0], ROWS_AT_A_TIME)
     return all(torch.equal(a[i : i + ROWS_AT_A_TIME], b[i : i + ROWS_AT_A_TIME]) for i in starts)
-
-
-def _shorten(names: Iterable[str], *, limit: int = 5) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:limit]) + (f", ... and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -13,13 +13,13 @@ from megatron.core.tensor_parallel.layers import (
     linear_with_grad_accumulation_and_async_allreduce,
 )
 
-from rpo_megatron.model.products import multiply, onednn_is_faster
+from rpo_megatron.model import products
 
 
 def use_fast_products(model: torch.nn.Module) -> None:
     """Make the linear layers of a model on a CPU use `linear`, where that gains anything: in the place where megatron
     chooses between its own two functions."""
-    if not onednn_is_faster():
+    if not products.onednn_is_faster():
         return
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
@@ -47,7 +47,7 @@ def linear(
         return result
     if allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    product: torch.Tensor = _Linear.apply(input, weight)
+    product: torch.Tensor = _Linear.apply(input.flatten(0, -2), weight).unflatten(0, input.shape[:-1])
     return product if bias is None else product + bias
 
 
@@ -55,15 +55,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(input if weight.requires_grad else None, weight)
-        return multiply(input.flatten(0, -2), weight.T).view(*input.shape[:-1], weight.shape[0])
+        return products.multiply(input, weight.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         input, weight = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        by_input = by_weight = None
-        if ctx.needs_input_grad[0]:
-            by_input = multiply(grad, weight).view(*grads[0].shape[:-1], weight.shape[1])
-        if ctx.needs_input_grad[1]:
-            by_weight = multiply(grad.T, input.flatten(0, -2))
+        by_input = products.multiply(grads[0], weight) if ctx.needs_input_grad[0] else None
+        by_weight = products.multiply(grads[0].T, input) if ctx.needs_input_grad[1] else None
         return by_input, by_weight

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from rpo_megatron.distributed import Axis
-from rpo_megatron.model.adapter import IN, OUT, AdaptedMatrix, Adapter, adapted_matrices
+from rpo_megatron.model.adapter import LORA_A, LORA_B, AdaptedMatrix, Adapter, adapted_matrices
 from rpo_megatron.model.chunks import chunks_of
 from rpo_megatron.model.hf import shard
 from rpo_megatron.model.shape import ModelShape
@@ -45,12 +45,10 @@ class LoraLayer(torch.nn.Module):
         owner_O, row_O = _rows(matrix, shape, tp)
         count = len(matrix.tensors)
         options = {"dtype": base.config.params_dtype, "device": base.weight.device}
-        self.into = torch.nn.Parameter(torch.zeros(count * adapter.rank, base.weight.shape[1], **options))
+        self.a = torch.nn.Parameter(torch.zeros(count * adapter.rank, base.weight.shape[1], **options))
+        b = torch.zeros(len(owner_O), adapter.rank, **options)
         # Gate and up are two blocks of rows on every rank: two slices, each cut over the ranks along one dimension.
-        blocks = (len(matrix.chosen),) if matrix.base.split == "gated" else ()
-        self.out = torch.nn.Parameter(
-            torch.zeros(*blocks, len(owner_O) // max(1, sum(blocks)), adapter.rank, **options)
-        )
+        self.b = torch.nn.Parameter(b.unflatten(0, (len(matrix.chosen), -1)) if matrix.base.split == "gated" else b)
         self._mark()
         share_ON = F.one_hot(owner_O, count).to(**options) if count > 1 else None
         self.register_buffer("share_ON", share_ON, persistent=False)
@@ -60,19 +58,19 @@ class LoraLayer(torch.nn.Module):
 
     def _mark(self) -> None:
         """Tell megatron which is split, and which is whole but sees only its rank's tokens."""
-        split, whole = (self.into, self.out) if self.by_input else (self.out, self.into)
-        set_tensor_model_parallel_attributes(split, True, 1 if self.by_input else self.out.dim() - 2, 1)
+        split, whole = (self.a, self.b) if self.by_input else (self.b, self.a)
+        set_tensor_model_parallel_attributes(split, True, 1 if self.by_input else self.b.dim() - 2, 1)
         setattr(whole, "sequence_parallel", self.sequence_parallel)  # noqa: B010 (an attribute of megatron's)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x, y [T(/tp under SP), 1, *]: what goes into the layer of megatron's, and what comes out of it."""
-        narrow = self._across_ranks(x.flatten(0, -2) @ self.into.T) * self.scale
+        narrow = self._across_ranks(x.flatten(0, -2) @ self.a.T) * self.scale
         # Two dimensions also for the layer's backward: torch.matmul is slow on the strides of some [T, 1, H] gradients.
         return torch.addmm(y.flatten(0, -2), narrow, self.wide().T).view_as(y)
 
     def wide(self) -> torch.Tensor:
         """B as one matrix over the stacked A, [out, n r]: a row's r numbers stand where its A is, zeros elsewhere."""
-        rows_OR = self.out.flatten(0, -2)
+        rows_OR = self.b.flatten(0, -2)
         if self.share_ON is not None:
             rows_OR = (rows_OR[:, None, :] * self.share_ON[:, :, None]).flatten(1)
         if self.row_O is None:
@@ -81,7 +79,7 @@ class LoraLayer(torch.nn.Module):
 
     def delta(self) -> torch.Tensor:
         """What this rank's part of the matrix would have to change by, fp32; no communication."""
-        return self.scale * (self.wide().float() @ self.into.float())
+        return self.scale * (self.wide().float() @ self.a.float())
 
     def _across_ranks(self, narrow: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
@@ -138,7 +136,7 @@ def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     for chunk in chunks_of(model):
         for name, lora in chunk.adapters.items():
             module = name.replace("/", ".")
-            named |= {f"{module}.{IN}": lora.into, f"{module}.{OUT}": lora.out}
+            named |= {f"{module}.{LORA_A}": lora.a, f"{module}.{LORA_B}": lora.b}
         named |= {name: parameter for name, parameter in chunk.named_parameters() if name == SCORE}
     return named
 

@@ -37,10 +37,9 @@ class Pass:
         self, query_Nhd: torch.Tensor, key_Mgd: torch.Tensor, value_Mgd: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """(result [N, h, d], log-sum-exp fp32 [h, N], the generator's state for backward)."""
-        out, lse, *state, _ = _forward(
-            query_Nhd, key_Mgd, value_Mgd, *self._sizes(), 0.0, self.causal, False, scale=scale
-        )
-        return out, lse, (state[0], state[1])
+        given = query_Nhd, key_Mgd, value_Mgd, *self._sizes(), 0.0, self.causal, False
+        out_Nhd, lse_hN, seed, offset, _ = _forward(*given, scale=scale)
+        return out_Nhd, lse_hN, (seed, offset)
 
     def backward(
         self,

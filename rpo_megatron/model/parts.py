@@ -6,7 +6,8 @@ No torch and no numpy.
 from dataclasses import dataclass
 
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.families import Family, HFConfig
+from rpo_megatron.model.families import Family
+from rpo_megatron.model.hf_config import HFConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.fileio import write_json
+from rpo_megatron.model.accounting import describe, mismatches
 from rpo_megatron.model.adapter import Adapter, adapter_entries, choose_targets
 from rpo_megatron.model.identity import read_header
 from rpo_megatron.model.shape import ModelShape
@@ -48,7 +48,7 @@ def read_peft(directory: str | Path, shape: ModelShape) -> Adapter:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the config of a LoRA adapter of PEFT's: {error!r}") from None
     _check_plain(path, config)
-    sizes = _sizes(Path(directory) / WEIGHTS)
+    sizes = _sizes(path.with_name(WEIGHTS))
     names = {name.split(".")[-3] for name in sizes if name.endswith(".lora_A.weight")}
     adapter = Adapter(
         rank=rank,
@@ -56,7 +56,10 @@ def read_peft(directory: str | Path, shape: ModelShape) -> Adapter:
         targets=choose_targets(shape, sorted(names), key=str(path.parent)),
         rank_stabilised=bool(config.get("use_rslora", False)),
     )
-    _check_accounted(Path(directory) / WEIGHTS, sizes, peft_tensors(shape, adapter))
+    # A head is drawn where the adapter of a language model has none.
+    wrong = describe(mismatches(sizes, peft_tensors(shape, adapter), owner="such an adapter", optional={HF_SCORE}))
+    if wrong:
+        raise UserError(f"{path.with_name(WEIGHTS)}: does not fit the model -- {wrong}")
     return adapter
 
 
@@ -76,7 +79,7 @@ def write_config(directory: Path, adapter: Adapter, *, base: str, shape: ModelSh
             "task_type": "CAUSAL_LM" if is_lm else "SEQ_CLS",
             "base_model_name_or_path": base,
             "r": adapter.rank,
-            "lora_alpha": adapter.alpha if math.trunc(adapter.alpha) != adapter.alpha else math.trunc(adapter.alpha),
+            "lora_alpha": adapter.alpha if adapter.alpha % 1 else int(adapter.alpha),
             "use_rslora": adapter.rank_stabilised,
             "target_modules": list(adapter.targets),
             "modules_to_save": None if is_lm else [HF_SCORE.removesuffix(".weight")],
@@ -111,24 +114,3 @@ def _sizes(path: Path) -> dict[str, tuple[int, ...]]:
     if wrong:
         raise UserError(f"{path}: '{wrong[0]}' ({tensors[wrong[0]].dtype}) is no weight of an adapter")
     return {name.removeprefix(PREFIX): info.shape for name, info in tensors.items()}
-
-
-def _check_accounted(path: Path, found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> None:
-    optional = {HF_SCORE}  # drawn where an adapter of a language model has none
-    problems = {
-        "missing": needed.keys() - found.keys() - optional,
-        "not part of such an adapter": found.keys() - needed.keys(),
-        "of the wrong shape": {
-            f"{name} (expected {list(size)}, found {list(found[name])})"
-            for name, size in needed.items()
-            if name in found and found[name] != size
-        },
-    }
-    lines = [f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names]
-    if lines:
-        raise UserError(f"{path}: does not fit the model -- {'; '.join(lines)}")
-
-
-def _first(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return listed[0] + (", ..." if len(listed) > 1 else "")

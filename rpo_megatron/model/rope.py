@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.families import HFConfig, HFRope
+from rpo_megatron.model.hf_config import HFConfig, HFRope
 
 KINDS = ("default", "linear", "llama3", "longrope", "yarn")
 NEEDED = {
@@ -95,7 +95,8 @@ def _of_full_layers(config: HFConfig) -> tuple[Mapping[str, Any], float | None]:
 
 
 def _scaling(rope: HFRope, config: HFConfig) -> RopeScaling | None:
-    kind = {"su": "longrope"}.get(name := rope.rope_type or rope.type or "default", name)
+    name = rope.rope_type or rope.type or "default"
+    kind = "longrope" if name == "su" else name  # as the first Phi-3 files call it
     if kind not in KINDS:
         raise UserError(f"rope type '{kind}' is not supported; supported are {', '.join(KINDS)}")
     for key in NEEDED.get(kind, ()):

@@ -14,7 +14,7 @@ used: they count a row's padding, depend on what else is in the row, and are sca
 tokens, where ours is divided by groups.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -120,7 +120,7 @@ def take_seen(chunks: Sequence[Any]) -> torch.Tensor | None:
         return None
     device = next(chunks[0].parameters()).device
     seen_LX = torch.zeros(config.num_layers, config.num_moe_experts + 2, dtype=torch.float64, device=device)
-    for router in _routers(chunks):
+    for router in (module for chunk in chunks for module in chunk.modules() if isinstance(module, GroupRouter)):
         seen_LX[router.layer_number - 1] = router.seen
         router.seen.zero_()
     return seen_LX
@@ -139,7 +139,3 @@ def expert_numbers(seen_LX: torch.Tensor, *, num_groups: float) -> dict[str, flo
     balance, router_z = (seen_LX[:, -2:].mean(0) / num_groups).tolist()
     losses = {"balance": balance, "router_z": router_z} if balance > 0 else {}
     return {"load": float((took_LE.amax(1) / took_LE.mean(1)).mean()), **losses}
-
-
-def _routers(modules: Iterable[torch.nn.Module]) -> Iterator[Any]:
-    return (inner for module in modules for inner in module.modules() if isinstance(inner, GroupRouter))

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import msgspec
 
 from rpo_megatron.errors import UserError, nearest
-from rpo_megatron.model.families import ACTIVATIONS, FAMILIES, REFUSED, Activation, Clamp, Family, HFConfig, Norm
+from rpo_megatron.model.families import ACTIVATIONS, FAMILIES, REFUSED, Activation, Clamp, Family, Norm
+from rpo_megatron.model.hf_config import HFConfig
 from rpo_megatron.model.parts import Experts, Latent, read_experts, read_latent
 from rpo_megatron.model.rope import Rope, RopeScaling, read_rope
 
@@ -237,16 +238,15 @@ def _family(raw: dict[str, Any]) -> Family:
         why = f" ({REFUSED[name]})" if name in REFUSED else ""
         hint = "" if why else nearest(name, FAMILIES)
         raise UserError(f"model_type '{name}' is not supported{why}; supported are {', '.join(FAMILIES)}{hint}")
-    for key in FAMILIES[name].must_be_false:
-        if raw.get(key):
-            raise UserError(f"{key}={json.dumps(raw[key])} is not supported for {name}")
-    for key in FAMILIES[name].must_be_true:
-        if not raw.get(key, True):
-            raise UserError(f"{key}={json.dumps(raw[key])} is not supported for {name}")
+    family = FAMILIES[name]
+    refused = [key for key in family.must_be_false if raw.get(key)]
+    refused += [key for key in family.must_be_true if not raw.get(key, True)]
+    if refused:
+        raise UserError(f"{refused[0]}={json.dumps(raw[refused[0]])} is not supported for {name}")
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
-            raise UserError(f"{key}: quantised weights cannot be trained; {FAMILIES[name].unquantise}")
-    return FAMILIES[name]
+            raise UserError(f"{key}: quantised weights cannot be trained; {family.unquantise}")
+    return family
 
 
 # ------------------------------------------------------------------------------------------------ sizes that follow

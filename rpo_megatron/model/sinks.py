@@ -40,7 +40,7 @@ def shard_sinks(sinks: torch.Tensor, prefix: str, sharded_offsets: Any) -> dict[
 
 def take_sink_(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:
     """Take the sink into `out` [..., T, d] and `lse` [..., T] of the keys; `sink` [..., 1]."""
-    out.copy_(out * (lse - sink).sigmoid()[..., None])
+    out.mul_((lse - sink).sigmoid()[..., None])
     lse.copy_(torch.logaddexp(lse, sink.to(lse.dtype).expand_as(lse)))
 
 

@@ -143,6 +143,11 @@ def _receive(owner: int, groups: Groups) -> torch.Tensor:
     return tensor.cpu()
 
 
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """What a tensor is drawn with, the same in every layout."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+
+
 class _RandomTensors:
     """Looks like an HFReader; every tensor is drawn when it is asked for."""
 
@@ -159,6 +164,5 @@ class _RandomTensors:
         if name.endswith("bias"):
             return torch.zeros(size)
         if self.last[0] != name:  # each of a layer's experts asks for the tensor of all
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-            self.last = name, torch.randn(size, generator=generator) * 0.02
+            self.last = name, torch.randn(size, generator=generator_of(name, self.seed)) * 0.02
         return self.last[1]

@@ -12,7 +12,8 @@ from rpo_megatron.planning.memory import Kernels, Row, Setting, Terms, worst_sta
 from rpo_megatron.planning.time import Share, StepTime, Timing, step_time
 
 VIRTUAL = (1, 2, 4, 8)
-"""Chunks on each rank of a pipeline that are tried, where they have equally many layers."""
+"""Chunks on each rank of a pipeline that are tried, where they have equally many layers: of unequal ones, ranks also
+wait for each other inside a turn, which time.py does not count."""
 BUDGETS = (2048, 4096, 8192, 16384, 32768, 65536)
 """Tokens in a row that are tried."""
 

@@ -16,7 +16,7 @@ instead. t: tensor ranks, T: tokens of a row on one context rank, w: bytes of a 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rpo_megatron.model.interleaving import passes_in_flight
+from rpo_megatron.model.interleaving import passes_in_flight, rows_in_turn
 from rpo_megatron.model.shape import padded_vocab
 from rpo_megatron.planning.hardware import GIB
 from rpo_megatron.planning.layout import Layout, Numbers, adapter_widths, layers_of, rank_numbers, trained_numbers
@@ -54,8 +54,7 @@ class Kernels:
     fp8: bool = False
     """Matrices keep their inputs in FP8, and FP8 copies of their weights, as they are and transposed."""
     kept_logits: float = 0.0
-    """Bytes for tiles of logits that backward need not make again. Only one micro-batch has any: its backward is what
-    follows its forward on the last stage."""
+    """Bytes of each micro-batch for tiles of logits that backward need not make again."""
 
 
 CPU = Kernels(joined_keys=False, fused_norm=False, kept_logits=KEPT_LOGITS["cpu"])
@@ -128,6 +127,17 @@ def _in_flight(setting: Setting, layout: Layout, stage: int) -> float:
     pipeline, virtual = layout.pipeline, layout.virtual
     passes = passes_in_flight(stage, pipeline=pipeline, virtual=virtual, num_rows=setting.microbatches)
     return passes / virtual
+
+
+def rows_at_the_end(*, pipeline: int, virtual: int, num_rows: int) -> int:
+    """Micro-batches, at most, that have left the last stage's last layer and not yet come back. They do so one by one,
+    but for a last turn of the chunks that is shorter than the others: each pass that a chunk of it lacks lets the last
+    chunk's begin so much earlier, while the backward passes of the turn before are still going on."""
+    if virtual == 1:
+        return 1
+    turn = rows_in_turn(num_rows, pipeline)
+    rest = num_rows % turn
+    return max(1, min(rest, (virtual - 1) * (turn - rest) + 1))
 
 
 def worst_stage(setting: Setting, layout: Layout) -> tuple[int, Terms]:
@@ -329,14 +339,16 @@ def _ends(setting: Setting, layout: Layout, stage: int) -> float:
 
 def _head(setting: Setting, layout: Layout) -> float:
     """Tiles of the output layer: fp32 logits, as much again in temporaries, and a tile's share of the weight's
-    gradient; those that are kept; and the gradient of the hidden states."""
+    gradient; those that are kept for each row on its way; and the gradient of the hidden states."""
     shape, w = setting.model.shape, WIDTH[setting.precision]
     if shape.head != "lm":
         return 0.0
     words = min(padded_vocab(shape) / layout.tensor, TILE_BYTES / 4 / 1024)
     logits = setting.row.scored / layout.context * w * padded_vocab(shape) / layout.tensor
     tile = 2 * TILE_BYTES + min(w * words * shape.hidden_size, PIECE_BYTES)
-    return tile + min(setting.kernels.kept_logits, logits) + setting.row.scored * w * shape.hidden_size
+    rows = rows_at_the_end(pipeline=layout.pipeline, virtual=layout.virtual, num_rows=setting.microbatches)
+    kept = rows * min(setting.kernels.kept_logits, logits)
+    return tile + kept + setting.row.scored * w * shape.hidden_size
 
 
 def _moment(setting: Setting, layout: Layout, kept: Kept) -> float:

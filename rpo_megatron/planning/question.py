@@ -17,11 +17,15 @@ from rpo_megatron.planning.memory import GPU, Kernels, Reference
 from rpo_megatron.planning.models import Model, find_model
 from rpo_megatron.planning.time import Timing
 from rpo_megatron.planning.workload import Workload, given_lengths, manifest_lengths
-from rpo_megatron.training.resolve import Plan, check_config
+from rpo_megatron.processes import check_world
+from rpo_megatron.training.checks import check_config
+from rpo_megatron.training.resolve import Plan, check_engine_knows
 
 A_ROW_PER_GROUP = 1
 """As tokens in a row: no two groups fit."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "mlp", "full")
+COUNTS = ("gpus", "gpus_per_node", "prompt", "response", "responses", "groups_per_step", "tokens_per_microbatch", "top")
+"""Knobs that count something of which there is at least one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,34 +37,35 @@ class Asked:
 
 def ask(config: PlanConfig) -> Asked:
     """Raises UserError for what is missing, contradicts itself or cannot be read."""
-    if config.reference == "base" and config.run is None and not config.lora_rank:
-        raise UserError("reference=base is a policy without its adapter: give lora_rank as well")
     if config.lora_rank is not None and config.lora_rank < 0:
         raise UserError(f"lora_rank must not be negative, found {config.lora_rank}")
-    for key in ("gpus", "gpus_per_node", "prompt", "response", "responses", "top"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} must be at least 1, found {getattr(config, key)}")
+    for key in COUNTS:
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UserError(f"{key} must be at least 1, found {value}")
     if config.efficiency is not None and not 0 < config.efficiency <= 1:
         raise UserError(f"efficiency must be in (0, 1], found {config.efficiency}")
     run = None if config.run is None else _read_run(config.run)
-    gpu = GPUS[config.gpu]
+    gpu, model = GPUS[config.gpu], _model(config, run)
+    if config.reference == "base" and model.adapter is None:
+        raise UserError("reference=base is a policy without its adapter: give lora_rank as well")
     timing = Timing(
-        model=_model(config, run),
+        model=model,
         work=_workload(config, run),
         cluster=Cluster(gpu=gpu, gpus=config.gpus, per_node=config.gpus_per_node),
         precision=config.precision or (run.config.precision if run else "bf16"),
-        reference=config.reference or _reference(config, run),
+        reference=config.reference or _reference(run, adapted=model.adapter is not None),
         groups_per_step=config.groups_per_step or (run.config.train.groups_per_step if run else 64),
         efficiency=config.efficiency or gpu.efficiency,
         overlap=run is None or run.config.parallel.overlap is not False,
-        fp8=_fp8(config, run),
+        fp8=_fp8(config, run, model),
         offloaded_moments=run is not None and run.config.optimizer.offload,
     )
     recompute = RECOMPUTE if config.recompute is None else (config.recompute,)
     question = Question(
         timing=timing, kernels=_kernels(timing, run), budgets=_budgets(config, run), recompute=recompute
     )
-    return Asked(question=question, own=_own_layout(config, run) if run else None)
+    return Asked(question=question, own=_own_layout(config, run, model) if run else None)
 
 
 def _read_run(path: str) -> Plan:
@@ -114,14 +119,13 @@ def _manifest(prefix: str) -> Manifest:
     return read_record(Manifest, path)
 
 
-def _reference(config: PlanConfig, run: Plan | None) -> Reference:
+def _reference(run: Plan | None, *, adapted: bool) -> Reference:
     if run is None:
-        return "base" if config.lora_rank else "resident"
-    adapted = run.adapter is not None if config.lora_rank is None else config.lora_rank > 0
-    if adapted and run.reference == "resident" and run.config.reference.path is None:
-        return "base"
+        return "base" if adapted else "resident"
     if run.reference != "resident":
         return run.reference
+    if adapted and run.config.reference.path is None:
+        return "base"
     if run.config.reference.offload:
         return "offloaded"
     return "resident_fp8" if run.config.fp8.reference_weights else "resident"
@@ -142,10 +146,12 @@ def _kept_logits(run: Plan) -> float:
     return GPU.kept_logits if kernels.keep_logits_mib is None else kernels.keep_logits_mib * 2**20
 
 
-def _fp8(config: PlanConfig, run: Plan | None) -> bool:
+def _fp8(config: PlanConfig, run: Plan | None, model: Model) -> bool:
     fp8 = run is not None and run.config.fp8.recipe != "none" if config.fp8 is None else config.fp8
     if fp8 and GPUS[config.gpu].fp8_flops is None:
         raise UserError(f"an {config.gpu} has no FP8: plan with fp8=false, or another GPU")
+    if fp8:
+        check_engine_knows(model.shape)
     if config.reference == "resident_fp8" and not fp8:
         raise UserError("reference=resident_fp8 computes in FP8, as its policy has to: plan with fp8=true")
     return fp8
@@ -159,17 +165,18 @@ def _budgets(config: PlanConfig, run: Plan | None) -> tuple[int, ...]:
     return BUDGETS if run is None else tuple(sorted({*BUDGETS, run.config.data.tokens_per_microbatch}))
 
 
-def _own_layout(config: PlanConfig, run: Plan) -> Layout:
+def _own_layout(config: PlanConfig, run: Plan, model: Model) -> Layout:
+    """Raises UserError for one that `rpo train` would refuse."""
     parallel = run.config.parallel
+    run.check_shape(model.shape)
+    try:
+        check_world(parallel, config.gpus)
+    except UserError as error:
+        raise UserError(f"gpus={config.gpus}: {error}") from None
     ranks = parallel.tensor * parallel.pipeline * parallel.context
     budget = config.tokens_per_microbatch or run.config.data.tokens_per_microbatch
     if not run.config.data.packing:
         budget = A_ROW_PER_GROUP
-    if config.gpus % ranks:
-        raise UserError(
-            f"gpus={config.gpus}: the run's tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
-            f"{parallel.context} needs a multiple of {ranks}"
-        )
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

@@ -7,7 +7,6 @@ rpo plan model=llama-3.1-8b gpu=H100 gpus=8 prompt=1024 response=512 responses=4
 from collections.abc import Iterator
 
 from rpo_megatron.config_verbs import PlanConfig
-from rpo_megatron.model.shape import check_layout
 from rpo_megatron.planning.hardware import GIB, LINK_EFFICIENCY, TENSOR_EFFICIENCY
 from rpo_megatron.planning.layout import Layout
 from rpo_megatron.planning.layouts import Estimate, Question, search
@@ -88,14 +87,6 @@ def _premises(question: Question, name: str) -> Iterator[str]:
 
 
 def _own(question: Question, own: Layout) -> Iterator[str]:
-    check_layout(
-        question.timing.model.shape,
-        tensor=own.tensor,
-        pipeline=own.pipeline,
-        virtual=own.virtual,
-        context=own.context,
-        sequence=own.sequence,
-    )
     estimate = Estimate(question=question, layout=own)
     yield "\nthe run's own layout (estimate, not measured)"
     yield from table([estimate])
@@ -140,10 +131,15 @@ def _details(estimate: Estimate) -> Iterator[str]:
     phases = estimate.time.phases
     yield from (f"  {phases[name]:7.3f}  {text}" for name, text in PHASES.items())
     volume = estimate.time.volume
-    yield (
-        f"  a rank sends: tensor {volume.tensor / 1e9:.1f} GB, pipeline {volume.neighbour / 1e9:.1f} GB, "
-        f"data {(volume.gradients + volume.weights) / 1e9:.1f} GB"
-    )
+    sent = {
+        "tensor": volume.tensor,
+        "context": volume.context,
+        "expert": volume.expert,
+        "pipeline": volume.neighbour,
+        "data": volume.gradients + volume.weights,
+    }
+    listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sent.items() if size)
+    yield f"  a rank sends: {listed or 'nothing'}"
 
 
 def overrides(layout: Layout) -> str:

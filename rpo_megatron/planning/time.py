@@ -5,7 +5,8 @@ FLOPs (a multiply-add is two) of a forward pass, per layer: 2 x matrix numbers p
 unit of `pairs` (workload.py), which is 4 per query-key pair (of latent attention the mean of a head's numbers in keys
 and in values; zeros that values are filled up with do not count); and 2 x vocabulary x hidden per scored token. *Model*
 FLOPs are 3 forward passes for the policy and 1 for a reference that is computed; MFU counts only these. *Executed*
-FLOPs add what is computed twice: logits (always), attention's scores (0.5 of a forward pass), recomputed layers.
+FLOPs add what is computed twice: logits (all of them, although kernels.keep_logits_mib spares some), attention's scores
+(0.5 of a forward pass), recomputed layers.
 
 A stage's micro-batch takes c_i seconds; m micro-batches through p stages with v chunks on each take m max c_i and, to
 fill and drain, (sum c_i - max c_i) / v: for equal stages m c / (1 - bubble) with bubble = (p - 1) / (v m + p - 1)

@@ -14,6 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 Tensors: TypeAlias = list[torch.Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 LANES = 64
 """torch's fused update rounds differently where numbers do not fill a vector of the CPU. Filled up, an update does not
 depend on how parameters are cut into shards and buckets."""
@@ -91,8 +92,11 @@ class FusedLayoutAdam(torch.optim.Optimizer):
     def _tensors(self, parameter: torch.Tensor) -> Tensors:
         """Parameter, gradient, first and second moment, flat."""
         state = self.state[parameter]
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             if name not in state:
-                state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                state[name] = self._new_moment(parameter)
         assert parameter.grad is not None
         return [t.view(-1) for t in (parameter, parameter.grad.float(), state["exp_avg"], state["exp_avg_sq"])]
+
+    def _new_moment(self, parameter: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(parameter, dtype=torch.float32)

@@ -13,7 +13,6 @@ exchanged as safetensors (`rpo export`).
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from rpo_megatron import __version__
 from rpo_megatron.distributed import Groups, barrier, gather_objects, on_leader
 from rpo_megatron.errors import UserError
-from rpo_megatron.fileio import fsync, fsync_tree, sha256, write_json, write_text_atomically
+from rpo_megatron.fileio import put_in_place, sha256, write_json, write_text_atomically
 from rpo_megatron.model import compat
 from rpo_megatron.model.adapter import Adapter
 from rpo_megatron.model.build import Model
@@ -85,7 +84,7 @@ def save(
         "format": FORMAT,
         **asdict(state),
         "model": asdict(model.shape),
-        "adapter": _adapter_record(model),
+        "adapter": _adapter_record(adapter_of(model)),
         "layout": {
             "tensor": groups.tp.size,
             "pipeline": groups.pp.size,
@@ -102,16 +101,14 @@ def save(
     on_leader(lambda: _complete(staging, directory, record))
 
 
-def load(model: Model, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups) -> RunState:
-    """Restore weights and optimizer in place, and give the state of the run. Every rank must call this.
+def load(model: Model, optimizer: Any, *, directory: Path, expected: RunState, groups: Groups) -> None:
+    """Restore weights and optimizer in place. Every rank must call this.
 
     `expected` is what the run would write now, at step 0: everything but step and consumed must agree. Raises
     UserError when it does not, or when files are damaged.
     """
-    record = read_state(directory)
-    _check_fits(directory, record, model, expected)
-    _check_experts(directory, record["layout"].get("expert", 1), groups)
-    _verify(directory, record, groups)
+    check_fits(directory, shape=model.shape, adapter=adapter_of(model), expected=expected, groups=groups)
+    _verify(directory, read_state(directory), groups)
     sharded = _sharded_state(model, optimizer, groups, is_loading=True)
     loaded = _load(sharded, directory, StrictHandling.RAISE_ALL)
     if adapter_of(model) is None:
@@ -119,7 +116,20 @@ def load(model: Model, optimizer: Any, *, directory: Path, expected: RunState, g
     else:
         restore_adapter(model, loaded["model"])
     load_state(optimizer, loaded["optimizer"])
-    return RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
+
+
+def check_fits(
+    directory: Path, *, shape: ModelShape, adapter: Adapter | None, expected: RunState, groups: Groups
+) -> None:
+    """Raises UserError, as `load` would, where the run of `expected`, which trains a model of this shape or an adapter
+    of one, cannot go on from a checkpoint. Reads its state.json alone."""
+    record = read_state(directory)
+    _check_shape(directory, record, shape)
+    _check_adapter(directory, record, adapter, expected)
+    if not record["has_optimizer"]:
+        raise UserError(f"{directory}: holds weights only and cannot be resumed; start from it with model.path")
+    check_same(directory, record, expected)
+    _check_experts(directory, record["layout"].get("expert", 1), groups)
 
 
 def load_weights(model: Model, source: Source, groups: Groups, *, seed: int | None = None) -> None:
@@ -246,16 +256,8 @@ def _load(sharded: dict[str, Any], directory: Path, strict: StrictHandling) -> d
     return loaded
 
 
-def _check_fits(directory: Path, record: dict[str, Any], model: Model, expected: RunState) -> None:
-    _check_shape(directory, record, model.shape)
-    _check_adapter(directory, record, model, expected)
-    if not record["has_optimizer"]:
-        raise UserError(f"{directory}: holds weights only and cannot be resumed; start from it with model.path")
-    check_same(directory, record, expected)
-
-
-def _check_adapter(directory: Path, record: dict[str, Any], model: Model, expected: RunState) -> None:
-    here = _adapter_record(model)
+def _check_adapter(directory: Path, record: dict[str, Any], adapter: Adapter | None, expected: RunState) -> None:
+    here = _adapter_record(adapter)
     if record.get("adapter") != here:
         raise UserError(
             f"{directory}: was written by a run with another adapter ({difference(record.get('adapter'), here)}); set "
@@ -269,8 +271,7 @@ def _check_adapter(directory: Path, record: dict[str, Any], model: Model, expect
         )
 
 
-def _adapter_record(model: Model) -> dict[str, Any] | None:
-    adapter = adapter_of(model)
+def _adapter_record(adapter: Adapter | None) -> dict[str, Any] | None:
     return None if adapter is None else asdict(adapter) | {"targets": list(adapter.targets)}
 
 
@@ -327,8 +328,6 @@ def _begin(staging: Path, config_text: str, companions: Path, *, dtype: str, hea
 
 def _complete(staging: Path, directory: Path, record: dict[str, Any]) -> None:
     write_json(staging / STATE, record)
-    fsync_tree(staging)
     if directory.exists():
         shutil.rmtree(directory)  # of this step, and not the one that this run went on from
-    os.rename(staging, directory)
-    fsync(directory.parent)
+    put_in_place(staging, directory)

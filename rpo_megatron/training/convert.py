@@ -9,8 +9,8 @@ from rpo_megatron.config import ParallelConfig
 from rpo_megatron.config_verbs import ExportConfig, ImportConfig
 from rpo_megatron.distributed import Groups, barrier, on_leader, start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.fileio import fsync, fsync_tree
-from rpo_megatron.model.build import Model, Precision, build
+from rpo_megatron.fileio import put_in_place
+from rpo_megatron.model.build import DTYPES, Model, Precision, build
 from rpo_megatron.model.companions import copy_companions
 from rpo_megatron.model.hf_io import HFWriter
 from rpo_megatron.model.lora_io import write_peft
@@ -42,6 +42,7 @@ def export(config: ExportConfig) -> None:
         stop()
         return
     load_weights(model, source, groups)
+    _round(model, DTYPES[precision])
     write_hf(model, config, source.hf, dtype=HF_DTYPES[precision], groups=groups)
     if groups.leads:
         print(f"exported {source.path} ({num_parameters(shape):,} parameters, {precision}) -> {config.save}")
@@ -50,6 +51,14 @@ def export(config: ExportConfig) -> None:
         if groups.leads:
             print(f"verified {config.save}: {parity}")
     stop()
+
+
+def _round(model: Model, dtype: torch.dtype) -> None:
+    """Weights to what their files can hold, which is what a verification compares: a base, and its sum with an adapter,
+    are finer where the model is fp32 and the files are not."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
 
 
 def _check_format(config: ExportConfig, source: Source) -> None:
@@ -67,7 +76,7 @@ def _export_adapter(model: Model, config: ExportConfig, source: Source, *, dtype
     staging = directory.with_name(f"{directory.name}.incomplete")
     on_leader(lambda: staging.mkdir(parents=True, exist_ok=True))
     write_peft(model, staging, groups, base=str(base.path), dtype=getattr(torch, dtype))
-    on_leader(lambda: _complete(staging, directory))
+    on_leader(lambda: put_in_place(staging, directory))
     if groups.leads:
         print(f"exported the adapter {source.path} of {base.path} -> {config.save}")
         if base.kind == "checkpoint":
@@ -75,12 +84,6 @@ def _export_adapter(model: Model, config: ExportConfig, source: Source, *, dtype
                 f"PEFT needs this base as a Hugging Face directory: `rpo export {base.path} save=DIR`, and DIR as "
                 f"base_model_name_or_path in adapter_config.json"
             )
-
-
-def _complete(staging: Path, directory: Path) -> None:
-    fsync_tree(staging)
-    staging.rename(directory)
-    fsync(directory.parent)
 
 
 def write_hf(model: Model, config: ExportConfig, companions: Path, *, dtype: str, groups: Groups) -> None:

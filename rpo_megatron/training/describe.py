@@ -7,10 +7,11 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import check_layout, chunk_layers, num_parameters, padded_vocab
+from rpo_megatron.model.shape import chunk_layers, num_parameters, padded_vocab
 from rpo_megatron.objectives import catalogue
 from rpo_megatron.training import adapters
-from rpo_megatron.training.resolve import READS_REWARD, Plan, check_config
+from rpo_megatron.training.checks import READS_REWARD, check_config
+from rpo_megatron.training.resolve import Plan
 from rpo_megatron.training.sidecar import state
 
 
@@ -33,8 +34,7 @@ def _or_reason(describe: Callable[[], str]) -> str:
 
 def model(plan: Plan) -> str:
     shape = plan.shape
-    parallel = plan.config.parallel
-    check_layout(shape, tensor=parallel.tensor, pipeline=parallel.pipeline, virtual=parallel.virtual)
+    plan.check_shape(shape)
     embeddings = "tied" if shape.tied_embeddings else "untied"
     head = "value head (reward model)" if shape.head == "value" else f"{embeddings} embeddings"
     further = f"; without the last {shape.further_layers}, for further tokens" if shape.further_layers else ""

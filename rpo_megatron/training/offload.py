@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from rpo_megatron.training.adam import FusedLayoutAdam, Tensors
+from rpo_megatron.training.adam import MOMENTS, FusedLayoutAdam, Tensors
 
 PIECE = 32 * 2**20
 """Numbers that are on the device at a time; of two moments in fp32, 256 MiB."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OffloadedAdam(FusedLayoutAdam):
@@ -28,23 +27,22 @@ class OffloadedAdam(FusedLayoutAdam):
             torch.cuda.synchronize(device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # which puts moments where their parameters are
-        for parameter in self.state:
-            self._to_host(parameter)
+        """torch's takes every moment to its parameter's device; all at once need not fit there."""
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in state_dict["state"]:
+                saved = state_dict["state"][number]
+                self.state[parameter] = {name: self._on_host(parameter, saved[name]) for name in MOMENTS}
 
-    def _tensors(self, parameter: torch.Tensor) -> Tensors:
-        if MOMENTS[0] not in self.state[parameter]:
-            for name in MOMENTS:
-                self.state[parameter][name] = _host_zeros(parameter)
-        self._to_host(parameter)
-        return super()._tensors(parameter)
+    def _on_host(self, parameter: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+        """A moment that is there already as it is, one from a device or a file as a copy."""
+        there = moment.device.type == "cpu" and (moment.is_pinned() or not parameter.is_cuda)
+        return moment if there else self._new_moment(parameter).copy_(moment)
 
-    def _to_host(self, parameter: torch.Tensor) -> None:
-        """Megatron makes moments of its own before it loads a checkpoint."""
-        for name in MOMENTS:
-            tensor = self.state[parameter].get(name)
-            if tensor is not None and tensor.is_cuda:
-                self.state[parameter][name] = _host_zeros(parameter).copy_(tensor)
+    def _new_moment(self, parameter: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(parameter.shape, dtype=torch.float32, device="cpu", pin_memory=parameter.is_cuda)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensors]) -> None:
         for param, grad, *moments in parameters:
@@ -55,7 +53,3 @@ class OffloadedAdam(FusedLayoutAdam):
                 super()._update(group, [[param[piece], grad[piece], *on_device]])
                 for host, device in zip(on_host, on_device, strict=True):
                     host.copy_(device, non_blocking=True)
-
-
-def _host_zeros(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(parameter.shape, dtype=torch.float32, device="cpu", pin_memory=parameter.is_cuda)

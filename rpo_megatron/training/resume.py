@@ -66,11 +66,17 @@ SET_BACK = {
     "seed": "set seed back",
     "objective": "set it back",
     "data": "point data.train back at the store that the run began with",
-    "reference": "set reference.path, precision and the store back to what the run began with",
+    "reference": "set reference.path, precision, fp8.recipe and the store back to what the run began with",
     "order": "its data came as another version of this program orders it: go on with that one",
 }
 """Entry of state.json that is compared here -> what to do about another one. (`model`, `adapter` and `layout` are
 compared with the model itself, in checkpoint.py.)"""
+
+SILENT = {
+    "objective": "what its objective and rewards were",
+    "order": "in which order its data came (groups of this pass may come twice, or not at all)",
+}
+"""Entries that older versions did not keep -> what then could not be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +120,7 @@ def check_same(directory: Path, record: Mapping[str, Any], expected: RunState) -
     one that would write `expected` now."""
     for name, what in SET_BACK.items():
         there, here = record.get(name), getattr(expected, name)
-        if name in _SILENT and (there is None or here is None):
+        if name in SILENT and (there is None or here is None):
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             here = {key: value for key, value in here.items() if key in there}
@@ -137,19 +143,13 @@ def notes(directory: Path, record: Mapping[str, Any], config: RunConfig) -> list
     before, now = knobs_of(config_io.read_yaml(directory / "config.yaml")), knobs_of(asdict(config))
     changed = [name for name, rule in KNOBS.items() if rule == NOTED and name in before and before[name] != now[name]]
     found = [f"{name} was {before[name]}, is {now[name]} from here on" for name in changed]
-    unknown = [what for name, what in _SILENT.items() if record.get(name) is None]
+    unknown = [what for name, what in SILENT.items() if record.get(name) is None]
     if unknown:
         found.append(
             f"the checkpoint is of an older version and does not say {' and '.join(unknown)}: where that may have "
             f"changed, start a new run from its weights with model.path={directory}"
         )
     return found
-
-
-_SILENT = {
-    "objective": "what its objective and rewards were",
-    "order": "in which order its data came (groups of this pass may come twice, or not at all)",
-}
 
 
 def knobs_of(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:

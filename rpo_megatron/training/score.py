@@ -35,11 +35,12 @@ from rpo_megatron.objectives import objective as objectives
 from rpo_megatron.objectives.objective import Objective
 from rpo_megatron.objectives.responses import Responses
 from rpo_megatron.training import adapters
+from rpo_megatron.training.checks import check_config
 from rpo_megatron.training.forward import policy_logps, run_responses, to_device
 from rpo_megatron.training.loaders import make_loader
 from rpo_megatron.training.policy import Weights, choose_weights, load_policy
 from rpo_megatron.training.reference import Fill, build_reference, load_reference, without_reference
-from rpo_megatron.training.resolve import Plan, check_config
+from rpo_megatron.training.resolve import Plan
 from rpo_megatron.training.sidecar import State, to_make
 
 GROUPS_AT_A_TIME = 256

@@ -127,7 +127,10 @@ def build_run(plan: Plan, groups: Groups) -> Run:
     objective = objectives.build(config.objective)
     missing = on_leader(lambda: to_make(plan, plan.stores))  # what does not fit is refused before a weight is loaded
     resume_from = _open_run_dir(config)
-    done = 0 if resume_from is None else read_state(resume_from)["step"]
+    fresh, done = _run_state(plan, step=0), 0
+    if resume_from is not None:
+        checkpoint.check_fits(resume_from, shape=plan.shape, adapter=plan.adapter, expected=fresh, groups=groups)
+        done = read_state(resume_from)["step"]
     check_profile(config.profile, num_steps=_last_step(plan) - done)
     header.show(plan, groups, resume_from=resume_from)
     make_reference(plan, groups, missing)
@@ -136,12 +139,10 @@ def build_run(plan: Plan, groups: Groups) -> Run:
         load_start(policy, plan, groups)  # of a run with an adapter the checkpoint holds only that
     model = wrap(policy, overlap=overlaps(config.parallel, groups), bucket_size=config.parallel.bucket_size)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
-    first_step = 0
     if resume_from is not None:
-        fresh = _run_state(plan, step=0)
-        first_step = checkpoint.load(policy, optimizer, directory=resume_from, expected=fresh, groups=groups).step
+        checkpoint.load(policy, optimizer, directory=resume_from, expected=fresh, groups=groups)
     # A run that died before its first checkpoint leaves nothing to go on from, so nothing of its log is kept either.
-    on_leader(lambda: _take_over(config, keep_until=-1 if resume_from is None else first_step))
+    on_leader(lambda: _take_over(config, keep_until=-1 if resume_from is None else done))
     reference = build_reference(plan, groups, policy=policy)
     evaluation = None
     if config.evaluation.every:
@@ -156,8 +157,8 @@ def build_run(plan: Plan, groups: Groups) -> Run:
         optimizer=optimizer,
         evaluation=evaluation,
         metrics=Metrics(config.logging, run_dir=config.run_dir, num_steps=plan.num_steps, groups=groups),
-        profiler=build_profiler(config, model, groups, first_step=first_step),
-        first_step=first_step,
+        profiler=build_profiler(config, model, groups, first_step=done),
+        first_step=done,
     )
 
 

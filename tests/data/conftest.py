@@ -1,7 +1,7 @@
 """Tiny tokenizers, trained in a second: a byte-level BPE in a Hugging Face directory and a sentencepiece model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,36 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="session")
-def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Qwen-like tokenizer: byte-level BPE, ChatML template, <|im_end|> as EOS, no BOS."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+def byte_level_bpe(
+    pattern: str | None, *, vocab_size: int = 400, special_tokens: Sequence[str] = (), ignore_merges: bool = True
+) -> Any:
+    """A tokenizers.Tokenizer that cuts texts into words by the pattern, or without one by the library's own."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
 
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    library = Library(models.BPE(ignore_merges=ignore_merges))
+    steps: list[Any] = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    library.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    library.train_from_iterator(CORPUS, trainer)
+    return library
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Qwen-like tokenizer: byte-level BPE, ChatML template, <|im_end|> as EOS, no BOS."""
+    from transformers import PreTrainedTokenizerFast
+
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_level_bpe(None, special_tokens=special_tokens, ignore_merges=False),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
@@ -56,22 +67,11 @@ def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A Llama-3-like tokenizer: its pre-tokenization, a BOS that templates write, not the tokenizer."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-    backend = Backend(models.BPE(ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
+    library = byte_level_bpe(LLAMA_3, special_tokens=["<s>", "</s>"])
     path = tmp_path_factory.mktemp("bos_tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(path)
     return Tokenizer(str(path))
 
 

@@ -313,7 +313,7 @@ def test_errors_name_the_row(chat_tokenizer: Tokenizer) -> None:
 
 
 def test_choice_of_template(chat_tokenizer: Tokenizer, sentencepiece_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """auto, none, a file; a file that is absent or no Jinja is an error before any row is read."""
+    """auto, none, a file; a file that is absent, no text or no Jinja is an error before any row is read."""
     auto = load_template("auto", chat_tokenizer)
     assert auto is not None
     assert auto.info.source == "tokenizer"
@@ -327,6 +327,9 @@ def test_choice_of_template(chat_tokenizer: Tokenizer, sentencepiece_tokenizer: 
     assert from_file.info.source == str(path)
     with pytest.raises(UserError, match="no such file"):
         load_template(str(tmp_path / "none.jinja"), chat_tokenizer)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"t\.jinja.*UTF-8"):
+        load_template(str(path), chat_tokenizer)
     path.write_text("{% for %}")
     with pytest.raises(UserError, match="not valid Jinja"):
         load_template(str(path), chat_tokenizer)

@@ -95,10 +95,7 @@ def test_what_depends_on_the_content_is_rendered(text: str) -> None:
     assert ours._guarded is None or outline(ours._guarded, ("user", "user"), **NAMES) is None
     for content in ("one", "", "two\n", "0", "é"):
         given_ = messages("hello", content)
-        try:
-            expected = ours._render(given_, add_generation_prompt=False)
-        except Exception:
-            continue
+        expected = ours._render(given_, add_generation_prompt=False)
         assert ours.render(given_, add_generation_prompt=False) == expected
     assert not any(ours._outlines.values())
 

@@ -113,8 +113,9 @@ def test_bare_model_matches_a_directory_that_holds_it(sentencepiece_model: str, 
     assert same_tokenizer(tokenizer_fingerprints(sentencepiece_model), tokenizer_fingerprints(str(tmp_path))) is True
 
 
-def test_bad_paths(tmp_path: Path) -> None:
-    """Each message names the path; a file that is no model must not become a traceback of a C++ library."""
+def test_bad_paths(tmp_path: Path, chat_directory: str) -> None:
+    """Each message names the path; a file that is no model, or a newer one, must not become a traceback of a library
+    in another language."""
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
@@ -125,6 +126,10 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
         Tokenizer(str(tmp_path))
+    newer = shutil.copytree(chat_directory, tmp_path / "newer") / "tokenizer.json"
+    newer.write_text(newer.read_text().replace('"type": "BPE"', '"type": "NEW"'))
+    with pytest.raises(UserError, match=r"newer: transformers cannot load .*update"):
+        Tokenizer(str(newer.parent))
 
 
 def test_fingerprints_import_nothing_heavy(chat_directory: str) -> None:

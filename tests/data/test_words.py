@@ -10,15 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpo_megatron.data import words
+from rpo_megatron.data.parts import LLAMA_3, QWEN_2
 from rpo_megatron.data.probes import probe_texts
 from rpo_megatron.data.words import GPT2, NotSharedError, WordEncoder, pattern_of, word_encoder
-from tests.data.conftest import CORPUS
+from tests.data.conftest import CORPUS, byte_level_bpe
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-QWEN_2 = LLAMA_3.replace("{1,3}", "")
 GPT_4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -28,17 +24,10 @@ SPECIAL = ["<|end|>", "<|end|>\n", "<|im_start|>"]
 
 
 def tokenizer(pattern: str | None, **token: Any) -> Any:
-    """A tiny one; without a pattern, with the library's own."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+    """Its special tokens are added behind the training, with these properties."""
+    from tokenizers import AddedToken
 
-    library = Tokenizer(models.BPE(ignore_merges=True))
-    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    if pattern is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
-    library.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(CORPUS, trainer)
+    library = byte_level_bpe(pattern, vocab_size=420)
     library.add_special_tokens([AddedToken(text, **token) for text in SPECIAL])
     return library
 
@@ -98,7 +87,8 @@ def test_equal_on_hard_and_on_much_text(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_library_does_what_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a word may be asked of the library twice, and none that it would cut otherwise be looked up."""
+    """Texts that the pattern cuts as the library does must not be asked of it, those with a character that it folds
+    must."""
     library = tokenizer(LLAMA_3)
     encoder = usable(library)
     asked: list[str] = []
@@ -121,7 +111,7 @@ def test_special_tokens_that_take_their_surroundings(key: str) -> None:
 
 
 def test_other_tokenizers_are_left_to_the_library() -> None:
-    """A normalizer, a space in front, two cuts, a cut that drops what it finds, dropout: none is this kind."""
+    """A normalizer, a space in front, two cuts, a cut that drops what it finds, no cut, dropout: none is this kind."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
     def with_parts(**parts: Any) -> Tokenizer:
@@ -141,6 +131,7 @@ def test_other_tokenizers_are_left_to_the_library() -> None:
     assert word_encoder(with_parts(pre_tokenizer=pre_tokenizers.Sequence([split, split, level]))) is None
     assert word_encoder(with_parts(pre_tokenizer=pre_tokenizers.Sequence([removed, level]))) is None
     assert word_encoder(with_parts(pre_tokenizer=level)) is None
+    assert word_encoder(with_parts(pre_tokenizer=pre_tokenizers.Sequence([]))) is None
     assert word_encoder(with_parts(pre_tokenizer=pre_tokenizers.Whitespace())) is None
     assert word_encoder(with_parts(model={"dropout": 0.1})) is None
 

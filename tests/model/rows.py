@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from rpo_megatron.config import OptimizerConfig
@@ -20,6 +19,7 @@ from rpo_megatron.model.table import SCORE
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.optimizer import build_optimizer
+from tests.model.whole import reduce_whole_gradients, whole_gradients
 
 Conversation = tuple[list[int], list[int]]
 """Prompt tokens, response tokens."""
@@ -162,10 +162,7 @@ def outcome(
     """Forward, backward and the norm of one optimizer step over this rank's rows."""
     ddp = wrap(model)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), ddp, "fp32")
-    # Every rank is to hold whole gradients (all-reduce), where a run keeps only its shard (reduce-scatter).
-    model.config.finalize_model_grads_func = lambda chunks, count, **options: finalize_model_grads(
-        chunks, count, **{**options, "force_all_reduce": True}
-    )
+    reduce_whole_gradients(model)
     ddp.zero_grad_buffer()
 
     def finish(packed: Packed, scores: Scores) -> tuple[torch.Tensor, torch.Tensor, Scores]:
@@ -173,18 +170,7 @@ def outcome(
         return loss(packed, scores), packed.valid().sum(dtype=torch.int), Scores(**detached)
 
     scores = schedule(ddp, rows, finish, forward_only=False)
-    gradients = _gather_gradients(model, groups)
+    gradients = whole_gradients(model.parameters(), lambda: gather_hf(model, groups))
     head = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters() if name == SCORE}
     _, grad_norm, _ = optimizer.step()
     return Outcome(scores=scores, gradients=gradients, head_gradient=head.get(SCORE), grad_norm=float(grad_norm))
-
-
-def _gather_gradients(model: ScoringModel, groups: Groups) -> dict[str, torch.Tensor]:
-    """Put each gradient in its weight's place and gather them as if they were weights, then put the weights back."""
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.main_grad)
-    gathered = {name: tensor.clone() for name, tensor in gather_hf(model, groups) if tensor.numel()}
-    for parameter, weight in zip(model.parameters(), weights, strict=True):
-        parameter.data.copy_(weight)
-    return gathered

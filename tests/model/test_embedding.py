@@ -1,8 +1,5 @@
 """The embedding against plain indexing: values, gradients, where they go, and what memory a step with them takes."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.model.embedding import use_row_gradients
+from tests.model.memory import last_number, needs_peaks
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +61,7 @@ def test_equals_indexing(dtype: torch.dtype, first_word: int) -> None:
 
 
 MEMORY = """
-import sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from rpo_megatron import cpu
-cpu.enable()
 from rpo_megatron.config import OptimizerConfig, ParallelConfig
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.training.optimizer import build_optimizer
@@ -82,24 +75,14 @@ groups = Data(groups=1, responses=2, prompt=4, shortest=2, longest=2).make(vocab
 def run():
     trainer.step(groups)
     optimizer.step()
-def resident(name):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 run()  # libraries and the optimizer's moments
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
-run()
-print(resident("VmHWM") - before)
+print(Peak.start().of(run))
 stop()
 """
-CALM = {**os.environ, "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Memory that is freed goes back to the system, so that the peak is of what was in use at once."""
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@needs_peaks
 def test_a_step_makes_nothing_as_large_as_the_weights(tmp_path: Path) -> None:
     """Catches a dense gradient of the embedding, gradients that one rank sends to itself, and an update with
     temporaries: the first alone is 32 MiB here, the others 64."""
-    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=CALM)
-    assert float(done.stdout.split()[-1]) < 16, "MiB; the logits of its 4 tokens take 2"
+    assert last_number(MEMORY, str(tmp_path)) < 16, "MiB; the logits of its 4 tokens take 2"

@@ -1,11 +1,7 @@
 """Log-probs from hidden states against log_softmax, and the sums per response."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from rpo_megatron.model import vocab
 from rpo_megatron.model.logprobs import choose_kept, plain_logprobs, response_logps, scored_hidden, token_logprobs
 from rpo_megatron.model.products import multiply
 from rpo_megatron.model.vocab import Tiles, VocabShard
+from tests.model.memory import last_number, needs_peaks
 from tests.model.tiles import set_tile
 
 
@@ -162,15 +159,10 @@ def test_memory_for_kept_logits() -> None:
 
 
 MEMORY = """
-import sys
-import torch
-from rpo_megatron import cpu
-cpu.enable()
 from rpo_megatron.config import ParallelConfig
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.model import logprobs
 from rpo_megatron.model.vocab import VocabShard
-torch.set_num_threads(1)
 tp = start(ParallelConfig()).tp
 num_rows, words = 4096, 131072
 def run(rows):
@@ -182,33 +174,20 @@ def run(rows):
         keep_bytes = logprobs.choose_kept(None, "tiles", torch.device("cpu"))
         logp_N = logprobs.token_logprobs(hidden_NH, shard, label_N, keep_bytes=keep_bytes)
     logp_N.sum().backward()
-def resident(name):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 weight_VH = torch.randn(words, 16, requires_grad=True)
 run(8)  # libraries, threads, and the weight's gradient
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
-run(num_rows)
-print(resident("VmHWM") - before)
+print(Peak.start().of(lambda: run(num_rows)))
 stop()
 """
 
 
 def extra_memory(function: str) -> float:
-    """MiB that log-probs of 4,096 rows over a vocabulary of 131,072, and their backward, take at their peak: in a
-    process of its own, whose peak is nothing else's. The logits would be 2,048 MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, function], capture_output=True, text=True, check=True, env=CALM
-    )
-    return float(done.stdout.split()[-1])
+    """MiB that log-probs of 4,096 rows over a vocabulary of 131,072, and their backward, take at their peak. The logits
+    would be 2,048 MiB."""
+    return last_number(MEMORY, function)
 
 
-CALM = {**os.environ, "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "0"}
-"""Memory that is freed goes back to the system, so that the peak is of what was in use at once."""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@needs_peaks
 def test_memory_does_not_grow_with_the_logits() -> None:
     """Catches more logits kept than are meant to be: the plain path shows that the measurement would see them."""
     tiled, plain = extra_memory("token_logprobs"), extra_memory("plain_logprobs")

@@ -28,6 +28,7 @@ from tests import tiny
 from tests.model import peft_models
 from tests.model.rows import load, random_rows
 from tests.model.te_stand_in import stand_in
+from tests.model.whole import relative_errors, whole_gradients
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
@@ -99,23 +100,14 @@ def assert_gradients(model: Any, expected: dict[str, torch.Tensor], groups: Grou
     """All of the adapter's, and no others."""
     found = gathered_gradients(model, groups)
     assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-4, name
+    assert not [name for name, error in relative_errors(found, expected).items() if not error < 1e-4]
     others = [name for name, _ in model.named_parameters() if not name.startswith("adapters.")]
     assert not [name for name in others if model.get_parameter(name).requires_grad]
 
 
 def gathered_gradients(model: Any, groups: Groups) -> dict[str, torch.Tensor]:
-    """By PEFT's names: each in its weight's place for as long as they are gathered."""
-    parameters = list(adapter_parameters(model).values())
-    weights = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.data.copy_(parameter.grad)
-    found = {name: tensor.clone() for name, tensor in gather_adapter(model, groups)}
-    for parameter, weight in zip(parameters, weights, strict=True):
-        parameter.data.copy_(weight)
-    return found
+    """By PEFT's names."""
+    return whole_gradients(adapter_parameters(model).values(), lambda: gather_adapter(model, groups))
 
 
 def test_files_are_pefts(tmp_path: Path, groups: Groups) -> None:

@@ -9,7 +9,7 @@ from rpo_megatron.config import Fp8Config, ParallelConfig
 from rpo_megatron.data.store import Store
 from rpo_megatron.distributed import start, stop
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.build import transformer_config
+from rpo_megatron.model.megatron_config import transformer_config
 from rpo_megatron.model.precision import RECIPES, check_hardware, frozen, megatron_fields, row_alignment
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.training.resolve import resolve
@@ -24,7 +24,7 @@ def test_megatron_accepts_the_fields(tmp_path: Path, recipe: str, bf16_layers: i
     tiny.write_model(tmp_path)
     fields = megatron_fields(Fp8Config(recipe=recipe, bf16_layers=bf16_layers), fp8_weights=True)  # type: ignore[arg-type]
     config = transformer_config(
-        read_shape(tmp_path), precision="bf16", sequence_parallel=False, groups=start(ParallelConfig()), **fields
+        read_shape(tmp_path), dtype=torch.bfloat16, sequence_parallel=False, groups=start(ParallelConfig()), **fields
     )
     stop()
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", recipe, True)

@@ -29,6 +29,7 @@ from tests.model.rows import (
     value_loss,
     with_reference,
 )
+from tests.model.whole import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def _step(ddp: Any, optimizer: Any, groups: Groups) -> None:
 
 
 def _restored(model: ScoringModel, ddp: Any, optimizer: Any, groups: Groups) -> Restored:
-    weights = _weights(model, groups)
+    weights = whole(gather_hf(model, groups))
     rows = _share(random_rows(8), groups)
     with torch.no_grad():
         scores = schedule(model, rows, lambda _, scores: scores, forward_only=True, collect_non_loss_data=True)
@@ -188,11 +189,7 @@ def _restored(model: ScoringModel, ddp: Any, optimizer: Any, groups: Groups) -> 
     by_dp = [numbers for _, numbers in sorted(part for part in parts if part)]
     _step(ddp, optimizer, groups)
     values = [numbers for turn in zip(*by_dp, strict=True) for numbers in turn]
-    return Restored(weights=weights, values=values, after_step=_weights(model, groups))
-
-
-def _weights(model: ScoringModel, groups: Groups) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in gather_hf(model, groups) if tensor.numel()}
+    return Restored(weights=weights, values=values, after_step=whole(gather_hf(model, groups)))
 
 
 def starts(data: str, sources: list[str], layouts: list[ParallelConfig]) -> list[dict[str, torch.Tensor]]:
@@ -204,7 +201,7 @@ def starts(data: str, sources: list[str], layouts: list[ParallelConfig]) -> list
             source = find(Path(data) / name)
             model = _empty(source.hf, parallel, groups)
             load_weights(model, source, groups, seed=3)
-            results.append(_weights(model, groups))
+            results.append(whole(gather_hf(model, groups)))
     return results
 
 

@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 
 from rpo_megatron.config import RunConfig
 from rpo_megatron.distributed import Groups, gather_objects, start
+from rpo_megatron.model import products
 from rpo_megatron.model.build import wrap
 from rpo_megatron.model.chunks import chunks_of
+from rpo_megatron.model.products import onednn_is_faster
 from rpo_megatron.model.router import take_seen
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.objectives import objective as objectives
@@ -29,6 +31,7 @@ from rpo_megatron.training.resolve import resolve
 from rpo_megatron.training.signals import StopSignals
 from rpo_megatron.training.train import build_run, train_loop
 from tests.model.te_stand_in import stand_in
+from tests.model.whole import reduce_whole_gradients, whole_gradients
 from tests.tiny import run_config
 
 
@@ -71,9 +74,11 @@ class Outcome:
     """Tokens of the rows that this rank reads."""
 
 
-def outcomes(data: str, cases: list[tuple[Layout, list[str]]]) -> list[Outcome]:
-    """The first global batch under each (layout, overrides), with stand-ins where Transformer Engine is asked for."""
-    with stand_in():
+def outcomes(data: str, cases: list[tuple[Layout, list[str]]], *, other_products: bool = False) -> list[Outcome]:
+    """The first global batch under each (layout, overrides), with stand-ins where Transformer Engine is asked for.
+    `other_products`: with the linear layers that this processor does not get (model/linear.py)."""
+    onednn = onednn_is_faster() != other_products and torch.backends.mkldnn.is_available()
+    with stand_in(), mock.patch.object(products, "onednn_is_faster", return_value=onednn):
         return [_outcome(run_config(Path(data), *layout.overrides(), *overrides)) for layout, overrides in cases]
 
 
@@ -84,7 +89,7 @@ def _outcome(config: RunConfig) -> Outcome:
     load_start(policy, plan, groups)
     model = wrap(policy)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
-    _reduce_whole_gradients(policy)
+    reduce_whole_gradients(policy)
     rows = make_loader(plan, plan.train_store, groups).step(0).rows
     batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
     with _messages() as messages:
@@ -92,7 +97,7 @@ def _outcome(config: RunConfig) -> Outcome:
         model.zero_grad_buffer()
         stats = run_objective(model, batches, objectives.build(config.objective), train=True)
     means = Reducer(groups)(stats, seen_LX=take_seen(chunks_of(model))).means
-    gradients = _gradients(policy, groups)
+    gradients = whole_gradients(policy.parameters(), lambda: gather_hf(policy, groups))
     _, grad_norm, _ = optimizer.step()
     return Outcome(
         means=means,
@@ -147,13 +152,6 @@ def number(responses: Responses) -> torch.Tensor:
     return responses.logp_GK if responses.value_GK is None else responses.value_GK
 
 
-def _reduce_whole_gradients(policy: Any) -> None:
-    """Have every rank hold whole gradients (all-reduce), where a run keeps only its shard (reduce-scatter)."""
-    policy.config.finalize_model_grads_func = lambda chunks, count, **options: finalize_model_grads(
-        chunks, count, **{**options, "force_all_reduce": True}
-    )
-
-
 def by_group(rows: list[Any], logps: list[torch.Tensor], groups: Groups) -> dict[int, list[float]]:
     mine = {}
     for row, logp_GK in zip(rows, logps, strict=True) if groups.speaks_for_data else ():
@@ -163,15 +161,14 @@ def by_group(rows: list[Any], logps: list[torch.Tensor], groups: Groups) -> dict
     return {group: values for part in gather_objects(mine) for group, values in part.items()}
 
 
-def _gradients(policy: Any, groups: Groups) -> dict[str, torch.Tensor]:
-    """Put each gradient in its weight's place and export as if they were weights, then put the weights back."""
-    weights = [parameter.detach().clone() for parameter in policy.parameters()]
-    for parameter in policy.parameters():
-        parameter.data.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
-    gathered = {name: tensor.clone() for name, tensor in gather_hf(policy, groups) if tensor.numel()}
-    for parameter, weight in zip(policy.parameters(), weights, strict=True):
-        parameter.data.copy_(weight)
-    return gathered
+def largest_log_ratio(batches: list[Any], logps: list[torch.Tensor], groups: Groups) -> float:
+    """|policy - reference| over all responses of all ranks; 0 without a reference."""
+    mine = [
+        float((logp_GK - batch.ref_logp_GK)[batch.valid_GK].abs().max())
+        for batch, logp_GK in zip(batches, logps, strict=False)  # none on stages before the last
+        if batch.ref_logp_GK is not None and batch.valid_GK.any() and groups.speaks_for_data
+    ]
+    return max(max(part, default=0.0) for part in gather_objects(mine))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,13 +193,7 @@ def _score_block(config: RunConfig, count: int) -> Scored:
     rows = make_loader(plan, plan.with_reference(plan.train_store), groups).sequential(0, count)
     batches = build_reference(plan, groups)([to_device(row, groups.device, cp=groups.cp) for row in rows])
     logps = run_logps(policy, batches)
-    largest = [
-        float((logp_GK - batch.ref_logp_GK)[batch.valid_GK].abs().max())
-        for batch, logp_GK in zip(batches, logps, strict=False)
-        if batch.valid_GK.any() and groups.speaks_for_data
-    ]
-    log_ratio = max(max(part, default=0.0) for part in gather_objects(largest))
-    return Scored(logps=by_group(rows, logps, groups), largest_log_ratio=log_ratio)
+    return Scored(logps=by_group(rows, logps, groups), largest_log_ratio=largest_log_ratio(batches, logps, groups))
 
 
 def train_losses(configs: list[RunConfig]) -> dict[str, list[float]]:

@@ -3,13 +3,11 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 
 from rpo_megatron.config import RunConfig
-from rpo_megatron.distributed import Groups, gather_objects, on_leader, start
+from rpo_megatron.distributed import on_leader, start
 from rpo_megatron.model.build import wrap
 from rpo_megatron.model.lora import adapter_parameters
 from rpo_megatron.model.lora_io import gather_adapter
@@ -25,7 +23,8 @@ from rpo_megatron.training.reference import build_reference
 from rpo_megatron.training.resolve import resolve
 from rpo_megatron.training.signals import StopSignals
 from rpo_megatron.training.train import build_run, train_loop
-from tests.parallel.jobs import Layout, by_group, number
+from tests.model.whole import reduce_whole_gradients, whole, whole_gradients
+from tests.parallel.jobs import Layout, by_group, largest_log_ratio, number
 from tests.tiny import run_config
 
 
@@ -54,12 +53,10 @@ def _outcome(config: RunConfig) -> Outcome:
     plan = resolve(config)
     policy = build_policy(plan, groups, shape=plan.shape)
     load_start(policy, plan, groups)
-    before = _tensors(gather_hf(policy, groups))
+    before = whole(gather_hf(policy, groups))
     model = wrap(policy)
     optimizer = build_optimizer(config.optimizer, model, config.precision)
-    policy.config.finalize_model_grads_func = lambda chunks, count, **options: finalize_model_grads(
-        chunks, count, **{**options, "force_all_reduce": True}
-    )
+    reduce_whole_gradients(policy)
     rows = make_loader(plan, plan.train_store, groups).step(0).rows
     batches = [to_device(row, groups.device, cp=groups.cp) for row in rows]
     batches = build_reference(plan, groups, policy=policy)(batches)
@@ -67,38 +64,18 @@ def _outcome(config: RunConfig) -> Outcome:
     model.zero_grad_buffer()
     stats = run_objective(model, batches, objectives.build(config.objective), train=True)
     means = Reducer(groups)(stats).means
-    gradients = _gradients(policy, groups)
+    gradients = whole_gradients(adapter_parameters(policy).values(), lambda: gather_adapter(policy, groups))
     _, grad_norm, _ = optimizer.step()
-    after = _tensors(gather_hf(policy, groups))
+    after = whole(gather_hf(policy, groups))
     return Outcome(
         means=means,
         grad_norm=float(grad_norm),
         logps=by_group(rows, numbers, groups),
-        largest_log_ratio=_largest_log_ratio(batches, numbers, groups),
+        largest_log_ratio=largest_log_ratio(batches, numbers, groups),
         gradients=gradients,
-        after_step=_tensors(gather_adapter(policy, groups)),
+        after_step=whole(gather_adapter(policy, groups)),
         base_is_untouched=all(torch.equal(tensor, after[name]) for name, tensor in before.items() if name != HF_SCORE),
     )
-
-
-def _largest_log_ratio(batches: list[Any], logps: list[torch.Tensor], groups: Groups) -> float:
-    mine = [
-        float((logp_GK - batch.ref_logp_GK)[batch.valid_GK].abs().max())
-        for batch, logp_GK in zip(batches, logps, strict=False)
-        if batch.ref_logp_GK is not None and batch.valid_GK.any() and groups.speaks_for_data
-    ]
-    return max(max(part, default=0.0) for part in gather_objects(mine))
-
-
-def _gradients(policy: Any, groups: Groups) -> dict[str, torch.Tensor]:
-    parameters = list(adapter_parameters(policy).values())
-    weights = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.data.copy_(parameter.main_grad)
-    gathered = _tensors(gather_adapter(policy, groups))
-    for parameter, weight in zip(parameters, weights, strict=True):
-        parameter.data.copy_(weight)
-    return gathered
 
 
 def runs(data: str, cases: list[tuple[Layout, str, str | None, list[str]]]) -> list[dict[str, torch.Tensor]]:
@@ -116,8 +93,4 @@ def _run(
     run = build_run(resolve(config), groups)
     train_loop(run, StopSignals())
     run.metrics.close()
-    return _tensors(gather_adapter(run.model.module, groups))
-
-
-def _tensors(pairs: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in pairs if tensor.numel()}
+    return whole(gather_adapter(run.model.module, groups))

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from rpo_megatron.config import RunConfig
-from rpo_megatron.distributed import Groups, start
-from rpo_megatron.model.build import ScoringModel
+from rpo_megatron.distributed import start
 from rpo_megatron.model.source import find
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training.checkpoint import load_weights, step_directory
@@ -18,6 +17,7 @@ from rpo_megatron.training.resolve import resolve
 from rpo_megatron.training.signals import StopSignals
 from rpo_megatron.training.step import gather_weights
 from rpo_megatron.training.train import build_run, train_loop
+from tests.model.whole import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,7 @@ def _trained(config: RunConfig) -> Trained:
     lines = (Path(config.run_dir) / METRICS_FILE).read_text().splitlines() if run.groups.leads else []
     return Trained(
         losses=[json.loads(line)["loss"] for line in lines],
-        weights=_whole(run.model.module, run.groups),
-        saved=_whole(policy, run.groups),
+        weights=whole(gather_hf(run.model.module, run.groups)),
+        saved=whole(gather_hf(policy, run.groups)),
         num_buckets=len(run.model.bucket_groups),
     )
-
-
-def _whole(model: ScoringModel, groups: Groups) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in gather_hf(model, groups) if tensor.numel()}

@@ -8,6 +8,7 @@ import pytest
 from rpo_megatron.distributed import stop
 from tests import tiny
 from tests.model import peft_models
+from tests.model.whole import relative_errors
 from tests.parallel import launch, lora_jobs
 from tests.parallel.jobs import ONE, Layout
 from tests.parallel.lora_jobs import Outcome
@@ -27,15 +28,13 @@ def assert_same(outcome: Outcome, expected: Outcome, *, case: str, tolerance: fl
     assert outcome.logps.keys() == expected.logps.keys(), case
     for group, values in expected.logps.items():
         assert outcome.logps[group] == pytest.approx(values, rel=tolerance), f"{case}: group {group}"
-    for what, found, wanted in (
-        ("gradient", outcome.gradients, expected.gradients),
-        ("weight after the step", outcome.after_step, expected.after_step),
+    for what, found, wanted, limit in (
+        ("gradient", outcome.gradients, expected.gradients, tolerance),
+        ("updated weight", outcome.after_step, expected.after_step, 1e-3),
     ):
         assert found.keys() == wanted.keys(), case
-        errors = {name: float((found[name] - w).norm() / (w.norm() + 1e-12)) for name, w in wanted.items()}
-        worst = max(errors, key=errors.__getitem__)
-        limit = tolerance if what == "gradient" else 1e-3
-        assert errors[worst] < limit, f"{case}: {what} of {worst} is off by {errors[worst]:.1e}"
+        wrong = {name: error for name, error in relative_errors(found, wanted).items() if not error < limit}
+        assert not wrong, f"{case}: {what}s are off by {wrong}"
 
 
 @pytest.mark.parallel

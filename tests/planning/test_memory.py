@@ -3,8 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from rpo_megatron.model.adapter import Adapter, possible_targets
+from rpo_megatron.model.interleaving import rows_in_turn
 from rpo_megatron.planning.layout import Layout
 from rpo_megatron.planning.memory import (
     CONTEXT_BYTES,
@@ -13,6 +17,7 @@ from rpo_megatron.planning.memory import (
     Row,
     Setting,
     checkpoint_bytes,
+    rows_at_the_end,
     stage_memory,
     worst_stage,
 )
@@ -153,6 +158,27 @@ def test_kept_logits() -> None:
     assert some - none == 10**8
     assert all_of_them - none == 600 * 128_256 * 2
     assert split - none == 600 * 128_256
+
+
+@settings(deadline=None, max_examples=60)
+@given(pipeline=st.sampled_from([2, 3, 4]), virtual=st.integers(1, 4), rows=st.integers(1, 20))
+def test_rows_between_the_passes_of_the_output_layer(pipeline: int, virtual: int, rows: int) -> None:
+    """Megatron's schedule on the last rank, pass by pass: so many rows have logits at once that are kept."""
+    rows = max(rows, pipeline)
+    turn = rows_in_turn(rows, pipeline)
+    passes = get_schedule_table(rows, virtual, turn)
+    warm_up, here, most = (virtual - 1) * turn, 0, 0
+    for i, (_, chunk) in enumerate(passes):
+        here += chunk == virtual - 1
+        most = max(most, here)
+        here -= i >= warm_up and passes[i - warm_up][1] == 0  # backward passes take the chunks the other way round
+    assert rows_at_the_end(pipeline=pipeline, virtual=virtual, num_rows=rows) == most
+    setting = replace(SETTING, microbatches=rows, kernels=replace(SETTING.kernels, kept_logits=1000.0))
+    layout = Layout(pipeline=pipeline, virtual=virtual)
+    none = replace(setting, kernels=replace(setting.kernels, kept_logits=0.0))
+    last = pipeline - 1
+    difference = stage_memory(setting, layout, last)["head"] - stage_memory(none, layout, last)["head"]
+    assert difference == pytest.approx(1000 * most)
 
 
 def test_worst_stage_of_a_pipeline() -> None:

@@ -8,8 +8,11 @@ import pytest
 from rpo_megatron import cli
 from rpo_megatron.config_io import dump
 from rpo_megatron.config_verbs import PlanConfig
+from rpo_megatron.errors import UserError
 from rpo_megatron.planning.memory import GPU
 from rpo_megatron.planning.question import ask
+from rpo_megatron.training.resolve import resolve
+from tests import tiny
 from tests.tiny import run_config, write_store
 
 
@@ -85,6 +88,7 @@ def test_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["gpu=H100", "gpus=8", "model=lama-3.1-8b"], "did you mean 'llama-3.1-8b'"),
         (["gpu=V100", "gpus=8", "model=llama-3.1-8b"], "one of A100, H100, H200, B200"),
         (["gpu=H100", "gpus=0", "model=llama-3.1-8b"], "gpus must be at least 1"),
+        (["gpu=H100", "gpus=8", "model=llama-3.1-8b", "groups_per_step=0"], "groups_per_step must be at least 1"),
         (["gpu=H100", "gpus=8", "model=llama-3.1-8b", "efficiency=2"], "efficiency must be in (0, 1]"),
         (["gpu=H100", "gpus=8", "model=llama-3.1-8b", "store=nowhere"], "there is no store at 'nowhere'"),
         (["run.yml", "gpu=H100", "gpus=8"], "config file 'run.yml' does not exist"),
@@ -112,6 +116,40 @@ def test_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(dump(run_config(tmp_path, "parallel.pipeline=2", "parallel.virtual=2")))
     own = plan(capsys, str(file), "gpu=H100", "gpus=2").split("the run's own layout")[1].splitlines()[2]
     assert own.endswith(" virtual 2")
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "message"),
+    [
+        ("mixtral", ["parallel.expert=3"], "parallel.expert=3 does not divide the experts"),
+        ("mixtral", ["parallel.tensor=2"], "needs parallel.sequence=true"),
+        ("llama", ["parallel.context=3"], "parallel.context=3 does not divide"),
+        ("deepseek_v3", ["fp8.recipe=tensorwise", "precision=bf16"], "not supported with latent attention"),
+        ("gpt_oss", ["kernels.layers=transformer_engine"], "not supported with biases"),
+    ],
+)
+def test_what_train_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, words: list[str], message: str
+) -> None:
+    """Catches figures for a run that cannot start, and a config that is printed as if it could."""
+    tiny.write_model(tmp_path / "model", **tiny.FAMILIES[family])
+    config, file = run_config(tmp_path, *words), tmp_path / "run.yaml"
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+    file.write_text(dump(config))
+    assert message in refused(capsys, str(file), "gpu=H100", "gpus=24")
+    assert cli.main(["config", str(file)]) == 0
+    assert message in capsys.readouterr().out
+
+
+def test_what_no_layout_could_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same where no run is asked about, or not its model; and a reference that is not there."""
+    assert "latent attention" in refused(capsys, "model=deepseek-v3", "gpu=H100", "gpus=8", "fp8=true")
+    tiny.write_model(tmp_path / "model", **tiny.FAMILIES["mixtral"])
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(run_config(tmp_path, "parallel.expert=4")))
+    assert "does not divide the 2 processes" in refused(capsys, str(file), "gpu=H100", "gpus=2")
+    assert "give lora_rank" in refused(capsys, str(file), "gpu=H100", "gpus=4", "reference=base")
 
 
 def test_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

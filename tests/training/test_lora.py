@@ -131,6 +131,12 @@ def test_what_is_exported_is_what_was_trained(
         convert.export(ExportConfig(load=str(tmp_path / "run"), save=str(tmp_path / "x")))
 
 
+def test_export_of_bf16_is_verified_as_it_is_written(tmp_path: Path, rpo: Rpo) -> None:
+    """Catches a sum of base and adapter that is compared with more digits than the files have."""
+    rpo("train", *LORA, "precision=bf16", "optimizer.lr=0.05")
+    export(tmp_path, "run", "merged", "verify=true")
+
+
 def test_reward_models(tmp_path: Path, rpo: Rpo) -> None:
     """Catches a value head that is frozen, is not in the checkpoint, or is another one in PEFT's files."""
     rpo("train", *LORA, *REWARD_MODEL, "train.stop_at=2")

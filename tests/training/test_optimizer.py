@@ -108,6 +108,17 @@ def test_offloaded_adam_equals_adam(monkeypatch: pytest.MonkeyPatch, piece: int)
     assert a.param_groups[0]["step"] == 6
 
 
+def test_offloaded_moments_are_loaded_where_they_live() -> None:
+    """Catches moments that pass through the device, all at once, on their way from a checkpoint to the host (the device
+    here is one that forgets them), and those of a parameter that had none."""
+    parameters = [torch.nn.Parameter(torch.zeros(5, device="meta")) for _ in range(2)]
+    optimizer = OffloadedAdam(parameters, lr=0.1)
+    saved = {name: torch.arange(5.0) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.load_state_dict({"state": {1: saved}, "param_groups": optimizer.state_dict()["param_groups"]})
+    assert set(optimizer.state) == {parameters[1]}
+    assert all(moment.tolist() == [0, 1, 2, 3, 4] for moment in optimizer.state[parameters[1]].values())
+
+
 def test_which_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a header that names another optimizer than the run gets, and an offload that is dropped where a library
     brings an Adam of its own."""

@@ -72,8 +72,12 @@ def test_what_is_not_free_is_compared(tmp_path: Path, begun: Path) -> None:
         ("objective.method=rpo_fwd", "objective.method: rpo_bwd there, rpo_fwd here"),
     ],
 )
-def test_another_objective_is_another_run(begun: Path, fails: Rpo, override: str, words: str) -> None:
-    """Catches a run whose loss means something else from one line of its log to the next."""
+def test_another_objective_is_another_run(
+    begun: Path, fails: Rpo, monkeypatch: pytest.MonkeyPatch, override: str, words: str
+) -> None:
+    """Catches a run whose loss means something else from one line of its log to the next, and one that is refused only
+    after what may take hours: a pass of the reference, loading the model."""
+    monkeypatch.setattr(training, "make_reference", lambda *_: pytest.fail("more was done before"))
     message = fails("train", override)
     assert words in message
     assert "set it back, or start a new run in another run_dir" in message

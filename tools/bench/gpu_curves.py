@@ -5,13 +5,14 @@ far the policy is from its reference before the first step, and how the loss fal
 
 RPO on groups of random tokens with random rewards, which a model can only learn by heart. `step 0` is the mean
 difference per token between the log-probabilities of policy and reference, which are the same weights: in bf16 it is 0,
-else what the precision itself is worth; `to bf16` the same between the policy and one in bf16. `off` is the mean
-difference of the loss from the bf16 curve's over the last tenth, as a share of where that began.
+else what the precision itself is worth; `to bf16` the same between the policy and one in bf16. `off` is how far the
+mean loss of the last tenth of the steps is from the bf16 curve's, as a share of where that began.
 """
 
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ from rpo_megatron.config import Fp8Config, KernelsConfig, ObjectiveConfig, Optim
 from rpo_megatron.data.rows import build_row
 from rpo_megatron.data.store import Group
 from rpo_megatron.distributed import Groups, start, stop
-from rpo_megatron.model.build import build, wrap
+from rpo_megatron.model.build import wrap
 from rpo_megatron.model.precision import check_hardware, frozen, row_alignment
 from rpo_megatron.model.shape import ModelShape, read_shape
 from rpo_megatron.objectives import objective
 from rpo_megatron.training.forward import Batch, run_logps, run_objective, to_device, with_reference_logps
 from rpo_megatron.training.optimizer import build_optimizer
 from tools.bench import gpu_common
-from tools.bench.common import TINY, Size, write_config
-from tools.bench.gpu_step import fill
+from tools.bench.common import TINY, Data, Size, write_config
+from tools.bench.gpu_step import random_model
 
 SIZE = Size(vocab=32000, hidden=1024, layers=8, heads=16, kv_heads=8, ffn=2816)
 LOSS = ObjectiveConfig(method="rpo_bwd", beta=0.05, eta=1.0)
@@ -84,16 +85,9 @@ def main() -> None:
 
 def make_groups(shape: ModelShape, *, tiny: bool) -> list[Group]:
     prompt, response, count = (16, 8, 4) if tiny else (128, 96, 32)
-    rng = np.random.default_rng(0)
-    return [
-        Group(
-            prompt=rng.integers(3, shape.vocab_size, prompt),
-            responses=[rng.integers(3, shape.vocab_size, n) for n in rng.integers(response // 2, response + 1, 4)],
-            reward=rng.random(4).astype(np.float32),
-            ref_logp=None,
-        )
-        for _ in range(count)
-    ]
+    data = Data(groups=count, responses=4, prompt=prompt, shortest=response // 2, longest=response)
+    rng = np.random.default_rng(1)
+    return [replace(group, reward=rng.random(4).astype(np.float32)) for group in data.make(vocab=shape.vocab_size)]
 
 
 class Run:
@@ -103,22 +97,9 @@ class Run:
         self, shape: ModelShape, groups: list[Group], ranks: Groups, fp8: Fp8Config, kernels: KernelsConfig
     ) -> None:
         self.shape, self.groups, self.ranks = shape, groups, ranks
-        self.policy = self._model(fp8, kernels)
-        self.reference = self._model(frozen(fp8), kernels, fp8_weights=fp8.reference_weights)
+        self.policy = random_model(shape, ranks, fp8, kernels)
+        self.reference = random_model(shape, ranks, frozen(fp8), kernels, fp8_weights=fp8.reference_weights)
         self.rows = self._rows(row_alignment(fp8))
-
-    def _model(self, fp8: Fp8Config, kernels: KernelsConfig, *, fp8_weights: bool = False) -> Any:
-        model = build(
-            self.shape,
-            precision="bf16",
-            sequence_parallel=False,
-            groups=self.ranks,
-            kernels=kernels,
-            fp8=fp8,
-            fp8_weights=fp8_weights,
-        )
-        fill(model)
-        return model
 
     def _rows(self, multiple: int) -> list[Batch]:
         each, options = 8, {"multiple": multiple, "share_prompt": True}
@@ -129,7 +110,7 @@ class Run:
     def differences(self) -> tuple[float, float]:
         """Mean difference per token of the policy's log-probabilities from the reference's, and from bf16's."""
         policy = per_token(self.policy, self.rows)
-        plain = self._model(Fp8Config(), KernelsConfig())
+        plain = random_model(self.shape, self.ranks, Fp8Config(), KernelsConfig())
         others = per_token(self.reference, self.rows), per_token(plain, self._rows(1))
         return tuple(float((policy - other).abs().mean()) for other in others)  # type: ignore[return-value]
 

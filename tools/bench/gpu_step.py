@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from rpo_megatron.objectives import objective
 from rpo_megatron.training.forward import run_objective, to_device, with_reference_logps
 from rpo_megatron.training.optimizer import build_optimizer
 from tools.bench import gpu_common
-from tools.bench.common import TINY, Size, real_tokens, write_config
+from tools.bench.common import TINY, Data, Size, real_tokens, write_config
 
 SIZES = {
     "8b-slice": Size(vocab=128256, hidden=4096, layers=6, heads=32, kv_heads=8, ffn=14336),
@@ -57,16 +57,9 @@ class Work:
     def of(cls, shape: ModelShape, *, responses: int, tiny: bool) -> "Work":
         prompt, response, tokens_per_row = (64, 32, 512) if tiny else (1024, 512, 16_384)
         count = 2 * (tokens_per_row // (prompt + responses * response))
-        rng = np.random.default_rng(0)
-        groups = [
-            Group(
-                prompt=rng.integers(3, shape.vocab_size, prompt),
-                responses=[rng.integers(3, shape.vocab_size, response) for _ in range(responses)],
-                reward=rng.random(responses).astype(np.float32),
-                ref_logp=np.full(responses, -1000.0, dtype=np.float32),
-            )
-            for _ in range(count)
-        ]
+        data = Data(groups=count, responses=responses, prompt=prompt, shortest=response, longest=response)
+        ref_logp = np.full(responses, -1000.0, dtype=np.float32)
+        groups = [replace(group, ref_logp=ref_logp) for group in data.make(vocab=shape.vocab_size)]
         return cls(groups=groups, tokens_per_row=tokens_per_row)
 
     def rows(self, *, share_prompt: bool, multiple: int) -> Iterator[MicroBatch]:
@@ -162,26 +155,13 @@ def measure(
 
 def prepare(variant: Variant, shape: ModelShape, work: Work, ranks: Groups) -> tuple[Callable[[], None], int]:
     """(one training step, bytes on the GPU of the resident reference)."""
-
-    def model(fp8: Fp8Config, *, fp8_weights: bool) -> Any:
-        made = build(
-            shape,
-            precision="bf16",
-            sequence_parallel=False,
-            groups=ranks,
-            kernels=variant.kernels,
-            fp8=fp8,
-            fp8_weights=fp8_weights,
-        )
-        fill(made)
-        return made
-
     before = _allocated()
     reference = None
     if variant.reference == "resident":
-        reference = model(frozen(variant.fp8), fp8_weights=variant.fp8.reference_weights)
+        fp8_weights = variant.fp8.reference_weights
+        reference = random_model(shape, ranks, frozen(variant.fp8), variant.kernels, fp8_weights=fp8_weights)
     reference_bytes = _allocated() - before
-    wrapped = wrap(model(variant.fp8, fp8_weights=False))
+    wrapped = wrap(random_model(shape, ranks, variant.fp8, variant.kernels))
     optimizer = build_optimizer(OptimizerConfig(lr=1e-6), wrapped, "bf16")
     loss = objective.build(LOSS)
     rows = list(work.rows(share_prompt=variant.share_prompt, multiple=row_alignment(variant.fp8)))
@@ -198,8 +178,20 @@ def prepare(variant: Variant, shape: ModelShape, work: Work, ranks: Groups) -> t
     return step, reference_bytes
 
 
-def fill(model: Any) -> None:
-    """Draw the weights on the device: on the host, a billion of them take a minute."""
+def random_model(
+    shape: ModelShape, ranks: Groups, fp8: Fp8Config, kernels: KernelsConfig, *, fp8_weights: bool = False
+) -> Any:
+    """A model in bf16 with weights drawn on the device, the same in every call: on the host, a billion of them take a
+    minute."""
+    model = build(
+        shape,
+        precision="bf16",
+        sequence_parallel=False,
+        groups=ranks,
+        kernels=kernels,
+        fp8=fp8,
+        fp8_weights=fp8_weights,
+    )
     generator = torch.Generator(gpu_common.device()).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -209,6 +201,7 @@ def fill(model: Any) -> None:
             shape, device = parameter.shape, gpu_common.device()
             drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
             parameter.copy_(drawn * 0.02)
+    return model
 
 
 def waits(step: Callable[[], None]) -> int:

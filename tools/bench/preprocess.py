@@ -5,11 +5,12 @@
 A group is a prompt and four responses; the tokenizer is a byte-level BPE of 32,000 tokens with Llama 3's
 pre-tokenization, trained here. Every way runs in a new process for each measurement, in an order drawn anew for each
 round, one at a time. CPU seconds (user and system, children included) of a small input are taken off those of a larger
-one, so that start-up does not count; verifying the fast tokenizer is part of the start-up. The ways
-(preprocess_peers.py; `megatron` is a stand-in for a script that is not packaged):
+one, so that start-up does not count; verifying the fast tokenizer is part of the start-up. The larger input of each
+way is so large that the difference is of about two seconds at the least. The ways (preprocess_peers.py; `megatron` and
+`megatron, fast` are stand-ins for scripts that are not packaged):
 
-    rpo, fast     with gigatoken where it is installed (otherwise as the next)
-    rpo, normal   with the tokenizers library
+    rpo, fast and megatron, fast   with gigatoken, where it is installed
+    rpo, normal                    with the tokenizers library, as the others
     datasets.map, megatron, and with --trl TRL's preparation in an interpreter that has it
 
 Texts are those of $RPO_SHARED/data (or ../shared/data) where there is one, else the quickstart's; they are repeated,
@@ -23,6 +24,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,35 +36,33 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from rpo_megatron.data import fast
+from rpo_megatron.data.parts import LLAMA_3
 from tools.bench.common import Report, Spread, print_table, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "tools" / "bench" / "preprocess_peers.py"
 RESPONSES = 4
 VOCAB = 32000
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
     rounds: int
-    slow: tuple[int, int]
-    """Groups of the small and of the larger input."""
-    fast: tuple[int, int]
-    """The same for the fast tokenizer, which needs some to verify itself on, and more to be seen at all."""
+    size: float
+    """Of the inputs, in those of `ways_of`."""
     index: int
     """Groups of the store that has no text."""
 
 
 MODES = {
-    "full": Mode(rounds=5, slow=(300, 4000), fast=(1200, 40_000), index=10_000_000),
-    "short": Mode(rounds=2, slow=(200, 1400), fast=(1200, 12_000), index=1_000_000),
-    "tiny": Mode(rounds=1, slow=(20, 80), fast=(20, 80), index=2000),
+    "full": Mode(rounds=5, size=2, index=10_000_000),
+    "short": Mode(rounds=2, size=1, index=1_000_000),
+    "tiny": Mode(rounds=1, size=0.02, index=2000),
 }
+Command = Callable[[str, str, str], list[str]]
+"""Of input, output and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +71,24 @@ class Way:
     kind: str
     """Which layout of the rows it reads."""
     sizes: tuple[int, int]
-    command: Callable[[str, str, str], list[str]]
-    """Of input, output and tokenizer."""
+    """Groups of the small and of the larger input."""
+    command: Command
 
 
 def benchmark(mode: str, *, trl: str | None) -> Report:
-    size = MODES[mode]
+    given = MODES[mode]
+    ways = ways_of(given.size, trl=trl)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        groups = list(islice(real_groups(work), max(*size.slow, *size.fast)))
+        groups = list(islice(real_groups(work), max(max(way.sizes) for way in ways)))
         write_tokenizer(work / "tokenizer", groups)
-        ways = ways_of(size, trl)
         for kind, count in {(way.kind, count) for way in ways for count in way.sizes}:
             write_rows(source_of(work, kind, count), kind, groups[:count])
-        prepared = [prepare_rate(way, seconds) for way, seconds in in_rounds(work, ways, size.rounds).items()]
-        check_equal(work, *ways[:2])
-        reads = read_rates(work, ways, size.rounds)
-        built = run_index(work, size.index)
+        prepared = [prepare_rate(way, seconds) for way, seconds in in_rounds(work, ways, given.rounds).items()]
+        if fast.is_installed():
+            check_equal(work, *ways[:2])
+        reads = read_rates(work, ways, given.rounds)
+        built = run_index(work, given.index)
     return Report(
         name="preprocess",
         title="Groups prepared, and read, per CPU second",
@@ -97,7 +98,7 @@ def benchmark(mode: str, *, trl: str | None) -> Report:
             "text": "real" if shared_data() else "generated",
             "sizes": {way.name: way.sizes for way in ways},
             "bytes_per_group": statistics.mean(sum(len(text.encode()) for text in group) for group in groups[:1000]),
-            "left_out": [] if trl else ["TRL: no --trl PYTHON given"],
+            "left_out": [f"{name}: {reason}" for name, reason in left_out(trl).items()],
         },
         results=[*prepared, *reads, built],
         summary=[row(result, prepared[0]) for result in prepared] + [row(result, reads[0]) for result in reads],
@@ -163,23 +164,40 @@ def write_rows(path: Path, kind: str, groups: list[list[str]]) -> None:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def ways_of(size: Mode, trl: str | None) -> list[Way]:
-    def ours(fast: str) -> Callable[[str, str, str], list[str]]:
-        return lambda source, output, tokenizer: [
-            *(sys.executable, "-m", "rpo_megatron", "prepare", f"input={source}", f"output_prefix={output}"),
-            *(f"tokenizer={tokenizer}", "workers=1", "duplicate=keep", f"fast_tokenizer={fast}"),
-        ]
+def ways_of(size: float, *, trl: str | None) -> list[Way]:
+    """Those with the fast tokenizer have a thousand rows at the least, on which ours verifies it."""
 
-    def peer(name: str, python: str = sys.executable) -> Callable[[str, str, str], list[str]]:
-        return lambda source, output, tokenizer: [python, str(PEERS), name, source, output, tokenizer]
+    def way(name: str, kind: str, command: Command, *, small: int = 200, large: int) -> Way:
+        return Way(name=name, kind=kind, sizes=(round(small * size), round(large * size)), command=command)
 
     ways = [
-        Way(name="rpo, fast", kind="groups", sizes=size.fast, command=ours("auto")),
-        Way(name="rpo, normal", kind="groups", sizes=size.slow, command=ours("never")),
-        Way(name="datasets.map", kind="columns", sizes=size.slow, command=peer("datasets_map")),
-        Way(name="megatron", kind="columns", sizes=size.slow, command=peer("megatron")),
+        way("rpo, fast", "groups", ours("always"), small=1200, large=90_000),
+        way("rpo, normal", "groups", ours("never"), large=16_000),
+        way("datasets.map", "columns", peer("datasets_map"), large=2600),
+        way("megatron", "columns", peer("megatron"), large=3200),
+        way("megatron, fast", "columns", peer("megatron_fast"), small=1200, large=140_000),
+        way("trl", "pairs", peer("trl", trl or ""), large=2000),
     ]
-    return [*ways, Way(name="trl", kind="pairs", sizes=size.slow, command=peer("trl", trl))] if trl else ways
+    return [way for way in ways if way.name not in left_out(trl)]
+
+
+def left_out(trl: str | None) -> dict[str, str]:
+    """Why, by the name of the way."""
+    reasons = {} if trl else {"trl": "no --trl PYTHON given"}
+    if not fast.is_installed():
+        reasons |= dict.fromkeys(("rpo, fast", "megatron, fast"), "gigatoken is not installed")
+    return reasons
+
+
+def ours(fast_tokenizer: str) -> Command:
+    return lambda source, output, tokenizer: [
+        *(sys.executable, "-m", "rpo_megatron", "prepare", f"input={source}", f"output_prefix={output}"),
+        *(f"tokenizer={tokenizer}", "workers=1", "duplicate=keep", f"fast_tokenizer={fast_tokenizer}"),
+    ]
+
+
+def peer(name: str, python: str = sys.executable) -> Command:
+    return lambda source, output, tokenizer: [python, str(PEERS), name, source, output, tokenizer]
 
 
 def cpu_seconds(command: Sequence[str]) -> tuple[float, str]:
@@ -204,7 +222,7 @@ def source_of(work: Path, kind: str, count: int) -> Path:
 
 
 def output_of(work: Path, way: Way, number: int, count: int) -> Path:
-    return work / f"{way.name.replace(', ', '-')}-{number}-{count}"
+    return work / f"{way.name.replace(', ', '-')}-{number}-{count}" / "prepared"
 
 
 def in_rounds(work: Path, ways: list[Way], rounds: int) -> dict[Way, list[tuple[float, float]]]:
@@ -220,12 +238,16 @@ def in_rounds(work: Path, ways: list[Way], rounds: int) -> dict[Way, list[tuple[
 
 def run(work: Path, way: Way, number: int, count: int) -> float:
     source, output = source_of(work, way.kind, count), output_of(work, way, number, count)
-    return cpu_seconds(way.command(str(source), str(output), str(work / "tokenizer")))[0]
+    output.parent.mkdir()
+    seconds, _ = cpu_seconds(way.command(str(source), str(output), str(work / "tokenizer")))
+    if number:  # those of the first round are looked at
+        shutil.rmtree(output.parent)
+    return seconds
 
 
 def prepare_rate(way: Way, seconds: list[tuple[float, float]]) -> dict[str, Any]:
     small, large = way.sizes
-    rates = [(large - small) / max(more - less, 0.001) for less, more in seconds]
+    rates = [(large - small) / (more - less) for less, more in seconds]
     startup = statistics.median(less for less, _ in seconds)
     return {"what": way.name, "cpu_seconds": seconds, "rates": rates, "startup": startup}
 
@@ -242,17 +264,15 @@ def check_equal(work: Path, auto: Way, off: Way) -> None:
 
 def read_rates(work: Path, ways: list[Way], rounds: int) -> list[dict[str, Any]]:
     """From the larger outputs of the first round."""
-    by_name = {way.name: way for way in ways}
-    sources = {
-        way: str(output_of(work, by_name[maker], 0, by_name[maker].sizes[1]))
-        for way, maker in (("read_store", "rpo, fast"), ("read_arrow", "datasets.map"))
-    }
-    rates: dict[str, list[float]] = {way: [] for way in sources}
+    maker = {way.name: way for way in ways}
+    made_by = {"read_store": ways[0], "read_arrow": maker["datasets.map"]}
+    sources = {name: str(output_of(work, way, 0, way.sizes[1])) for name, way in made_by.items()}
+    rates: dict[str, list[float]] = {name: [] for name in sources}
     for number in range(rounds):
-        for way in random.Random(number).sample(list(sources), len(sources)):
-            _, printed = cpu_seconds([sys.executable, str(PEERS), way, sources[way], "-", "-"])
-            rates[way].append(json.loads(printed.splitlines()[-1])["rate"])
-    return [{"what": way.replace("_", " "), "rates": rates[way], "startup": math.nan} for way in sources]
+        for name in random.Random(number).sample(list(sources), len(sources)):
+            _, printed = cpu_seconds([sys.executable, str(PEERS), name, sources[name], "-", "-"])
+            rates[name].append(json.loads(printed.splitlines()[-1])["rate"])
+    return [{"what": name.replace("_", " "), "rates": rates[name], "startup": math.nan} for name in sources]
 
 
 def run_index(work: Path, groups: int) -> dict[str, Any]:
@@ -281,7 +301,7 @@ def main() -> None:
     parser.add_argument("output", nargs="?", type=Path, help="where to write the figures as JSON")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter that can import trl")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--short", dest="mode", action="store_const", const="short", help="two minutes")
+    modes.add_argument("--short", dest="mode", action="store_const", const="short", help="three minutes")
     modes.add_argument("--tiny", dest="mode", action="store_const", const="tiny", help="only to see it run")
     parser.set_defaults(mode="full")
     given = parser.parse_args()
