@@ -12,13 +12,17 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from rpo_megatron import __version__, config, config_io, config_verbs, knobs
 from rpo_megatron.errors import UserError, nearest
 
+NOISY = ("megatron", "torch", "transformers")
+"""Libraries whose warnings are for their own developers, tens of lines on each process; what matters of them to a run,
+its header says."""
 GRACE_SECONDS = 10.0
 """How long a process that leaves an error to another to report stays alive under torchrun."""
 
@@ -115,7 +119,15 @@ VERBS: dict[str, Verb] = {
 
 def entry() -> NoReturn:
     """The console script."""
+    _quieten()
     leave(main())
+
+
+def _quieten() -> None:
+    """Pass over the warnings of NOISY, from before the first import on, unless -W or PYTHONWARNINGS says what to
+    show."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)})(\.|$)")
 
 
 def leave(code: int) -> NoReturn:
@@ -186,12 +198,24 @@ def _load(verb: Verb, words: list[str]) -> Any:
                 raise UserError(f"{option} needs a word after it; it sets {verb.options[option]}")
             overrides.append(f"{verb.options[option]}={value}")
         elif "=" in word and not word.startswith("-"):
+            _check_override(verb, option)
             overrides.append(word)
         elif verb.positional is not None and not word.startswith("-"):
             overrides.append(f"{verb.positional}={word}")
         else:
             raise UserError(f"cannot read '{word}': expected FILE.yaml or key.path=value")
     return config_io.load(verb.config, file, overrides)
+
+
+def _check_override(verb: Verb, key: str) -> None:
+    """Of a verb that takes a run, `key` must not be one of the run's alone."""
+    section = key.partition(".")[0]
+    own = {spec.name for spec in fields(verb.config)}
+    if verb.takes_run and section not in own and section in {spec.name for spec in fields(config.RunConfig)}:
+        raise UserError(
+            f"'{key}' belongs to the run: change it in the run's file, or in a copy of that; what can be given here is "
+            f"{', '.join(sorted(own))}"
+        )
 
 
 def _enable_cpu() -> None:
@@ -246,8 +270,13 @@ def _usage() -> str:
 
 
 def _verb_usage(name: str, verb: Verb) -> str:
-    word = f" {verb.positional.upper()}" if verb.positional else " [FILE.yaml]"
+    word = f" {_positional(verb, verb.positional)}" if verb.positional else " [FILE.yaml]"
     options = "".join(f" [{option} WORD]" for option in verb.options)
     same = "".join(f"{option} WORD is {key}=WORD.\n\n" for option, key in verb.options.items())
     usage = f"usage: rpo {name}{word}{options} [key.path=value ...]"
     return f"{usage}\n\n{verb.summary}\n\n{same}{knobs.describe(verb.config)}"
+
+
+def _positional(verb: Verb, key: str) -> str:
+    word = key.upper() + ".yaml" * verb.takes_run
+    return word if knobs.is_mandatory(verb.config, key) else f"[{word}]"

@@ -261,7 +261,7 @@ class ProfileConfig:
 
     steps: int = 0
     """Time the phases of so many training steps, then trace one more with torch.profiler; print both as tables and
-    write the trace (Chrome JSON). 0 profiles nothing."""
+    write the trace (Chrome JSON). 0 profiles nothing. Lines of torch's tracer that begin with USDT are no errors."""
     skip: int = 2
     """Training steps of this start that go by before: the first ones allocate and compile."""
     directory: str | None = None
@@ -345,7 +345,8 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations. Gradients, master weights, log-probabilities and objectives are fp32."""
     recompute: Literal["none", "mlp", "full"] = "none"
-    """What backward computes again instead of keeping it: nothing, the feed-forward part of every layer, or whole
-    layers, of which then only the inputs are kept. Memory for time (`full`: a third more); the results are the same."""
+    """What backward computes again instead of keeping it: nothing but what costs next to nothing (what norms and gates
+    make; see model/forgetful.py), the feed-forward part of every layer, or whole layers, of which then only the inputs
+    are kept. Memory for time (`full`: a third more); the results are the same."""
     seed: int = 1234
     """Seed of the data order, of random pairs and of random weights."""

@@ -23,6 +23,11 @@ def describe(config: type, *, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
+def is_mandatory(config: type, key: str) -> bool:
+    """Whether the knob `key` of a config class has no default."""
+    return any(spec.name == key and _is_mandatory(spec) for spec in dataclasses.fields(config))
+
+
 def _is_mandatory(spec: "dataclasses.Field[Any]") -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 from rpo_megatron import __version__, cli, config_verbs
+from rpo_megatron.config_io import dump
 from rpo_megatron.errors import UserError
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +56,48 @@ def test_verbs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"usage: rpo {name}" in shown
     assert all(f"  {knob}" in shown for knob in knobs)
     assert all(f"[{option} WORD]" in shown and f"  {key}: " in shown for option, key in verb.options.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("plan", "plan [RUN.yaml] ["),
+        ("methods", "methods [NAME] ["),
+        ("inspect", "inspect PREFIX ["),
+        ("train", "train [F"),
+    ],
+)
+def test_usage(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a main argument that looks as if it had to be given, and one that looks as if it had not."""
+    assert cli.main([name, "--help"]) == 0
+    assert f"usage: rpo {words}" in capsys.readouterr().out
+
+
+def test_libraries_do_not_bury_the_run(tmp_path: Path) -> None:
+    """Catches tens of lines of megatron's and torch's warnings before a run says a word of its own."""
+    (tmp_path / "run.yaml").write_text(dump(tiny.run_config(tmp_path, "train.steps=1")))
+    command = ["-m", "rpo_megatron", "train", str(tmp_path / "run.yaml")]
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("asked", [[], ["default"]])
+def test_warnings_can_be_asked_for(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a filter that -W and PYTHONWARNINGS do not take away, and one that hides our own warnings."""
+    monkeypatch.setattr(sys, "warnoptions", asked)
+    monkeypatch.setattr(cli, "leave", lambda code: None)
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        cli.entry()
+        for module in ("megatron.core.optimizer", "torch", "torchless", "rpo_megatron.cli"):
+            warnings.warn_explicit(module, UserWarning, "file.py", 1, module=module)
+    quiet = [] if asked else ["megatron.core.optimizer", "torch"]
+    assert [str(one.message) for one in shown] == [
+        name for name in ("megatron.core.optimizer", "torch", "torchless", "rpo_megatron.cli") if name not in quiet
+    ]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +151,8 @@ def test_options_are_other_names_of_keys(tmp_path: Path, ran: list[Any], option:
         (["score", "--with="], "--with needs a word after it"),
         (["train", "--with", "value"], "cannot read '--with'"),
         (["score", "--width=value"], "cannot read '--width=value'"),
+        (["plan", "a.yaml", "gpu=H100", "parallel.tensor=4"], "'parallel.tensor' belongs to the run: change it in the"),
+        (["plan", "a.yaml", "gpu=H100", "parallell=4"], "unknown key 'parallell'"),
     ],
 )
 def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from rpo_megatron import cli
+from rpo_megatron.config import OptimizerConfig
 from rpo_megatron.doctor import host, software
 from rpo_megatron.doctor.finding import Finding
 from rpo_megatron.model.attention import choose_attention
+from rpo_megatron.training.optimizer import describe_optimizer
 
 
 def levels(findings: list[Finding]) -> list[str]:
@@ -95,6 +97,12 @@ def test_attention_is_what_the_model_chooses() -> None:
     """Catches an answer that the model's own choice has left behind."""
     assert software.attention(cuda=False) == choose_attention("auto", torch.device("cpu"))
     assert software.attention(cuda=True) == choose_attention("auto", torch.device("cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformer_engine is masked on CPUs only")
+def test_optimizer_is_what_the_header_calls_it() -> None:
+    """Catches two names for one Adam, of which a reader takes the other for another."""
+    assert software.optimizer(cuda=False) == describe_optimizer(OptimizerConfig(lr=1.0))
 
 
 def test_name_that_never_resolves() -> None:

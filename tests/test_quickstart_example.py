@@ -12,7 +12,8 @@ from rpo_megatron.config_io import load
 from rpo_megatron.config_verbs import ColumnsConfig
 from rpo_megatron.data.layouts import parse_row
 from rpo_megatron.data.tokenizer import Tokenizer
-from rpo_megatron.model.shape import check_layout, read_shape
+from rpo_megatron.model.layout import check_layout
+from rpo_megatron.model.shape import read_shape
 from rpo_megatron.training.checks import check_config
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import check_layout
+from rpo_megatron.model.layout import check_layout
 from rpo_megatron.planning.hardware import GIB, GPUS, Cluster
 from rpo_megatron.planning.layout import Layout
 from rpo_megatron.planning.layouts import Estimate, Question, search

@@ -24,11 +24,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 from rpo_megatron.data.readers import Source
 from rpo_megatron.errors import UserError
+from rpo_megatron.fileio import locked
 from rpo_megatron.model.shape import read_shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +48,11 @@ PYTHON = "python" if shutil.which("python") == sys.executable else sys.executabl
 
 def main() -> None:
     arguments = parse_arguments()
-    work = fresh_directory(arguments.dir)
+    with alone_in(arguments.dir):
+        quickstart(arguments, fresh_directory(arguments.dir))
+
+
+def quickstart(arguments: argparse.Namespace, work: Path) -> None:
     print(f"$ cd {ROOT}")
     if arguments.model is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this small model is no faster on a GPU
@@ -172,8 +179,7 @@ def shell(*words: str, threads: int = 2) -> None:
     began = time.perf_counter()
     # PASSIVE: threads that wait by spinning cost others, and themselves, most of a busy machine.
     threading = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = {**os.environ, **threading, "PYTHONWARNINGS": "ignore"}
-    code = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment).returncode
+    code = subprocess.run([sys.executable, *words], cwd=ROOT, env={**os.environ, **threading}).returncode
     print(f"({time.perf_counter() - began:.0f} s)", flush=True)
     if code:
         sys.exit(f"quickstart: the last command failed with exit code {code}")
@@ -182,6 +188,17 @@ def shell(*words: str, threads: int = 2) -> None:
 def seen_from_root(path: str) -> Path:
     absolute = Path(path).resolve()
     return absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """A second quickstart would delete the directory of one that is running."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(directory.with_name(f".{directory.name}.lock")):
+            yield
+    except BlockingIOError:
+        raise UserError(f"--dir: another quickstart is running in '{directory}'; give another one") from None
 
 
 def fresh_directory(directory: Path) -> Path:

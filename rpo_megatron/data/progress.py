@@ -19,6 +19,7 @@ class Progress:
             initial=done,
             file=sys.stderr if on_terminal else _Lines(),
             mininterval=0.2 if on_terminal else 10.0,
+            delay=0.0 if on_terminal else 10.0,  # a line of a log that says "0" says nothing
             miniters=1,
             ncols=None if on_terminal else 80,
         )
@@ -29,6 +30,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._bar.n:
+            self._bar.delay = 0.0  # the end has its line, however soon it comes
         self._bar.close()
 
     def advance(self, count: int, *, fraction: float) -> None:

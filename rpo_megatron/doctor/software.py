@@ -151,9 +151,10 @@ def attention(*, cuda: bool) -> str:
 
 
 def optimizer(*, cuda: bool) -> str:
-    """Which Adam megatron will build; it asks for Transformer Engine first, then for apex."""
+    """Which Adam megatron will build, in the words of a run's header; it asks for Transformer Engine first, then for
+    apex."""
     if cuda and _importable("transformer_engine"):
-        return "FusedAdam of Transformer Engine"
+        return "Transformer Engine's fused Adam"
     if _importable("amp_C") and _importable("apex"):
-        return "FusedAdam of apex"
-    return "Adam in plain torch (with FusedAdam's checkpoint layout)"
+        return "apex's fused Adam"
+    return "torch's fused Adam"

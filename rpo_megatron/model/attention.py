@@ -28,6 +28,7 @@ from rpo_megatron.model import merged, merged_gpu
 from rpo_megatron.model.context import attend_over_heads
 from rpo_megatron.model.flex import build_mask, flex_attention
 from rpo_megatron.model.precision import check_transformer_engine
+from rpo_megatron.model.rotary import rotate
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.shape import ModelShape
 from rpo_megatron.model.sinks import attend_with_sink_key, shard_sinks, sink_parameter
@@ -213,8 +214,9 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.stretch = shape.rope_scaling.attention_factor**2 if shape.rope_scaling is not None else 1.0
-        self.rotary_dim = shape.rotary_dim or shape.head_dim
+        self.latent = shape.latent is not None
+        local = shape.local_rope_theta is not None and shape.window(layer_number - 1) is not None
+        self.turn = 1 if local else 0
         self.attend = layer_attention(attention, shape, layer_number - 1, scale=scale)
         if shape.value_dim != shape.head_dim:
             self.attend = partial(attend_padded, self.attend)
@@ -235,9 +237,8 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        if self.stretch != 1.0:  # of queries and keys alike: here both times of the queries
-            turned, rest = query.tensor_split((self.rotary_dim,), dim=-1)
-            query = torch.cat((turned * self.stretch, rest), dim=-1)
+        if not self.latent:
+            query, key = (rotate(tensor, packed_seq_params.turns[self.turn]) for tensor in (query, key))
         sinks = {} if self.sinks is None else {"sink_h": self.sinks}
         return self.attend(query, key, value, packed_seq_params, **sinks).flatten(2)
 

@@ -17,7 +17,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from rpo_megatron.config import Fp8Config, KernelsConfig, MoeConfig
 from rpo_megatron.distributed import Groups
-from rpo_megatron.errors import UserError
 from rpo_megatron.model import compat
 from rpo_megatron.model.attention import check_attention, choose_attention
 from rpo_megatron.model.chunks import Chunks, DataParallelChunks, chunks_of
@@ -25,8 +24,10 @@ from rpo_megatron.model.context import sum_over_parts, whole_tokens
 from rpo_megatron.model.embedding import use_row_gradients
 from rpo_megatron.model.entropy import token_entropy
 from rpo_megatron.model.expert_bias import own_expert_biases
+from rpo_megatron.model.forgetful import forget_results
 from rpo_megatron.model.heads import ValueHead, pooled_position
 from rpo_megatron.model.layers import block_spec
+from rpo_megatron.model.layout import check_engine_knows
 from rpo_megatron.model.linear import use_fast_products
 from rpo_megatron.model.logprobs import choose_kept, choose_logprobs, scored_hidden, token_logprobs
 from rpo_megatron.model.megatron_config import RECOMPUTE, Recompute, transformer_config
@@ -82,7 +83,7 @@ class ScoringModel(GPTModel):
         self.tp = groups.tp
         self.cp = groups.cp
         self.logprobs = logprobs
-        self.rotary = Rotary(shape, groups.device)
+        self.rotary = Rotary(shape, groups.device, config.params_dtype)
         if self.post_process and not is_lm:
             del self.output_layer
             self.score = ValueHead(config, groups.tp)
@@ -106,8 +107,7 @@ class ScoringModel(GPTModel):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self.rotary(row.positions_T[here]),
-            packed_seq_params=row.segments,
+            packed_seq_params=row.segments.turned(self.rotary(row.positions_T[here])),
             padding_mask=self._members(row),
         )
         if not self.post_process:
@@ -212,6 +212,7 @@ def build(
 
     model: Model = part(None) if groups.virtual == 1 else Chunks(map(part, range(groups.virtual)))
     fuse_swiglu(model, shape)
+    forget_results(model)
     if shape.biases:
         own_expert_biases(model, groups.etp)
     compat.mark_sharded_weights(model)
@@ -278,12 +279,7 @@ def _layers(
     check_attention(attention, shape, device=groups.device, dtype=config.params_dtype)
     if choose_layers(kernels, fp8) == "megatron":
         return block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)
-    if shape.latent is not None or shape.biases:
-        raise UserError(
-            f"{shape.family}: Transformer Engine's layers (kernels.layers=transformer_engine, fp8.recipe) are not "
-            f"supported with {'biases' if shape.biases else 'latent attention'}; set kernels.layers=megatron and "
-            f"fp8.recipe=none"
-        )
+    check_engine_knows(shape)
     check_transformer_engine("kernels.layers=transformer_engine")
     check_hardware(fp8)
     return te_block_spec(config, shape, attention=attention, cp=groups.cp, chunk=chunk)

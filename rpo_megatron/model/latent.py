@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from rpo_megatron.distributed import Axis
 from rpo_megatron.model.attention import AttentionName, PackedAttention
 from rpo_megatron.model.norms import RMSNorm
+from rpo_megatron.model.rotary import Turn
 from rpo_megatron.model.row import Segments
 from rpo_megatron.model.shape import ModelShape
 
@@ -89,19 +90,17 @@ class LatentAttention(MegatronModule):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *,
-        rotary_pos_emb: torch.Tensor,
         packed_seq_params: Segments,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         assert self.config.sequence_parallel or self.tp_group.size() == 1, "as models with experts need it anyway"
-        angles = rotary_pos_emb[..., : self.latent.rotary_dim // 2]
-        turn = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+        (turn,) = packed_seq_params.turns
         query = self._query(hidden_states, turn)
         key, value = self._key_value(hidden_states, turn)
         result = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
         return self.linear_proj(result)[0], None
 
-    def _query(self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _query(self, hidden: torch.Tensor, turn: Turn) -> torch.Tensor:
         """[T, 1, h, d]"""
         if self.latent.query_rank is None:
             made = self.linear_q_proj(hidden)[0]
@@ -110,9 +109,7 @@ class LatentAttention(MegatronModule):
         plain, rotary = made.unflatten(-1, (self.heads, -1)).split((self.latent.plain_dim, self.latent.rotary_dim), -1)
         return torch.cat((*self._turned(rotary, turn), plain), -1)
 
-    def _key_value(
-        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _key_value(self, hidden: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, 1, h, d] and [T, 1, h, v]"""
         narrow, shared = self.linear_kv_down_proj(hidden).split((self.latent.kv_rank, self.latent.rotary_dim), -1)
         made = self.linear_kv_up_proj(self.kv_layernorm(narrow))[0].unflatten(-1, (self.heads, -1))
@@ -122,7 +119,7 @@ class LatentAttention(MegatronModule):
         turned = [half.expand(*plain.shape[:-1], -1) for half in self._turned(shared[:, :, None], turn)]
         return torch.cat((*turned, plain), -1), value
 
-    def _turned(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turned(self, x: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second numbers of all pairs in x [T, 1, h, rotary_dim], rotated."""
         first, second = (x[..., 0::2], x[..., 1::2]) if self.latent.interleaved else x.chunk(2, -1)
         cos, sin = turn

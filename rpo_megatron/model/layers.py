@@ -6,9 +6,7 @@ The same layers run on CPU and GPU and need neither Transformer Engine nor apex.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -18,18 +16,6 @@ from rpo_megatron.model.attention import AttentionName, PackedAttention
 from rpo_megatron.model.latent import LatentAttention
 from rpo_megatron.model.norms import NORMS, NormAndAdd
 from rpo_megatron.model.shape import ModelShape
-
-
-class TwoBaseAttention(SelfAttention):
-    """SelfAttention of a model whose layers with a window have rotary frequencies of their own: of `rotary_pos_emb`
-    [2, T, 1, 1, d] it takes those of its layer."""
-
-    def __init__(self, *args: Any, layer_number: int, shape: ModelShape, **kwargs: Any) -> None:
-        super().__init__(*args, layer_number=layer_number, **kwargs)
-        self.which = 0 if shape.window(layer_number - 1) is None else 1
-
-    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> Any:
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.which], **kwargs)
 
 
 def block_spec(
@@ -78,7 +64,4 @@ def complete(layer: ModuleSpec, config: Any, shape: ModelShape, *, attention: At
     if shape.post_norms:
         post = ModuleSpec(module=NormAndAdd, params={"config": config, "norm": NORMS[shape.norm]})
         parts.self_attn_bda = parts.mlp_bda = post
-    if shape.local_rope_theta is not None:
-        parts.self_attention.module = TwoBaseAttention
-        parts.self_attention.params = {**parts.self_attention.params, "shape": shape}
     return layer

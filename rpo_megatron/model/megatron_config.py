@@ -12,8 +12,9 @@ from megatron.core.transformer import TransformerConfig
 
 from rpo_megatron.distributed import Groups
 from rpo_megatron.model.families import Activation
+from rpo_megatron.model.layout import chunk_layers
 from rpo_megatron.model.router import routing
-from rpo_megatron.model.shape import ModelShape, chunk_layers
+from rpo_megatron.model.shape import ModelShape
 
 ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

@@ -11,6 +11,37 @@ import torch
 import torch.nn.functional as F
 
 from rpo_megatron.model.families import Norm
+from rpo_megatron.model.forgetful import forgettable
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in fp32 inside, in the precision of x."""
+    if x.is_cuda and x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    result: torch.Tensor = _RMSNorm.apply(x, weight, eps)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Of the tensors of x's size, backward keeps x alone, as with the kernel that torch has for GPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale * weight).type_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grads[0].float(), x.float() * scale
+        by_normed = grad * weight
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = (grad * normed).flatten(0, -2).sum(0).type_as(weight)
+        by_x = by_normed.addcmul_(normed, (by_normed * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return by_x.type_as(x), by_weight, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -24,7 +55,10 @@ class RMSNorm(torch.nn.Module):
         self.weight = _parameter(config, hidden_size, self.start)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return forgettable(self._norm(x), lambda: self._norm(x.detach()))
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RMSNorm1P(RMSNorm):
@@ -32,8 +66,8 @@ class RMSNorm1P(RMSNorm):
 
     start = 0.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.eps).type_as(x)
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, 1.0 + self.weight.float(), self.eps)
 
 
 class LayerNorm1P(torch.nn.Module):
@@ -45,6 +79,9 @@ class LayerNorm1P(torch.nn.Module):
         self.weight, self.bias = _parameter(config, hidden_size, 0.0), _parameter(config, hidden_size, 0.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return forgettable(self._norm(x), lambda: self._norm(x.detach()))
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (x.shape[-1],), 1.0 + self.weight, self.bias, self.eps)
 
 

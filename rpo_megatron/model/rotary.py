@@ -1,28 +1,45 @@
 """Rotary position embedding at explicit positions, so that a row's segments may start wherever they like."""
 
 import math
+from typing import TypeAlias
 
 import torch
 
 from rpo_megatron.model.rope import RopeScaling
 from rpo_megatron.model.shape import ModelShape
 
+Turn: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines [T, 1, 1, d / 2] of the angles by which d numbers of a head turn."""
+
+
+def rotate(x_T1hd: torch.Tensor, turn: Turn) -> torch.Tensor:
+    """The first numbers of each head turned, the rest as it is. Those that turn together are half of them apart."""
+    cos, sin = turn
+    half = cos.shape[-1]
+    first, second, rest = x_T1hd.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
 
 class Rotary(torch.nn.Module):
-    """positions_T -> angles [T, 1, 1, d] in fp32, in the layout that megatron's attention applies to the first d
-    numbers of a head; [2, T, 1, 1, d] where layers with a window have a base of their own: it comes second."""
+    """positions_T -> the turns of a row's tokens, made once for all layers: of those with full attention, and of those
+    with a window where these have a base of their own."""
 
-    def __init__(self, shape: ModelShape, device: torch.device) -> None:
+    def __init__(self, shape: ModelShape, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
+        self.stretch = shape.rope_scaling.attention_factor if shape.rope_scaling is not None else 1.0
         size = shape.rotary_dim or shape.head_dim
         exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-        self.frequencies = _scaled(1.0 / shape.rope_theta**exponents, shape.rope_scaling, theta=shape.rope_theta)
+        self.frequencies = [_scaled(1.0 / shape.rope_theta**exponents, shape.rope_scaling, theta=shape.rope_theta)]
         if shape.local_rope_theta is not None:
-            self.frequencies = torch.stack((self.frequencies, 1.0 / shape.local_rope_theta**exponents))
+            self.frequencies.append(1.0 / shape.local_rope_theta**exponents)
 
-    def forward(self, positions_T: torch.Tensor) -> torch.Tensor:
-        angles = positions_T.float()[:, None] * self.frequencies[..., None, :]
-        return torch.cat((angles, angles), dim=-1)[..., None, None, :]
+    def forward(self, positions_T: torch.Tensor) -> list[Turn]:
+        angles = [positions_T.float()[:, None, None, None] * frequencies for frequencies in self.frequencies]
+        return [(self._rounded(angle.cos()), self._rounded(angle.sin())) for angle in angles]
+
+    def _rounded(self, number: torch.Tensor) -> torch.Tensor:
+        return (number * self.stretch).to(self.dtype)
 
 
 def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None, *, theta: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Row: one packed micro-batch as the model reads it, on the rank's device."""
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -10,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from rpo_megatron.model.borders import Borders, SharedBorders
 from rpo_megatron.model.context import Part
 from rpo_megatron.model.flex import FlexMask
+from rpo_megatron.model.rotary import Turn
 from rpo_megatron.model.scores import ReferenceTokens
 
 
@@ -17,8 +19,8 @@ from rpo_megatron.model.scores import ReferenceTokens
 class Segments(PackedSeqParams):
     """The borders inside a row, in the slot that megatron passes down to core attention.
 
-    `qkv_format` is not "thd" on purpose: megatron then keeps the [T, 1, heads, dim] layout and applies the rotary
-    frequencies that the model made from explicit positions, instead of counting positions again per segment.
+    `qkv_format` is not "thd" on purpose: megatron then keeps the [T, 1, heads, dim] layout. Nor does it learn of rotary
+    frequencies: it would count positions again per segment, and make cosines and sines again in every layer.
     """
 
     qkv_format: str = "sbhd"
@@ -32,6 +34,15 @@ class Segments(PackedSeqParams):
     """The same for FlexAttention, by window."""
     made: dict[str, Borders | SharedBorders | None] = field(default_factory=dict)
     """The same for kernels that read borders; see `borders` and `shared_borders`."""
+
+    turns: list[Turn] = field(default_factory=list)
+    """By which queries and keys turn: what a model's Rotary made of the row's positions."""
+
+    def turned(self, turns: list[Turn]) -> "Segments":
+        """The same segments, for a model with these turns."""
+        segments = copy(self)
+        segments.turns = turns
+        return segments
 
     @property
     def longest(self) -> int:

@@ -14,6 +14,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 
 from rpo_megatron.model.families import Clamp
+from rpo_megatron.model.forgetful import forgettable
 from rpo_megatron.model.shape import ModelShape
 
 
@@ -21,8 +22,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return _gated(gate_and_up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
@@ -30,15 +30,20 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_and_up.chunk(2, -1)
         by_both = torch.empty_like(gate_and_up)
         by_gate, by_up = by_both.chunk(2, -1)
-        by_up.copy_(grad * F.silu(gate))
-        by_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.mul(F.silu(gate), grad, out=by_up)
+        torch.mul(grad, up, out=by_gate)
+        torch.ops.aten.silu_backward.grad_input(by_gate, gate, grad_input=by_gate)
         return by_both
+
+
+def _gated(gate_and_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_and_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     """[..., 2 f] (this rank's gate, then its up) -> [..., f]."""
-    result: torch.Tensor = _SwiGLU.apply(gate_and_up)
-    return result
+    return forgettable(_SwiGLU.apply(gate_and_up), lambda: _gated(gate_and_up.detach()))
 
 
 class _ClampedSwiGLU(torch.autograd.Function):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rpo_megatron.model.adapter import adapted_matrices, adapter_entries
-from rpo_megatron.model.shape import ModelShape, chunk_layers, num_parameters, padded_vocab
+from rpo_megatron.model.layout import chunk_layers
+from rpo_megatron.model.shape import ModelShape, num_parameters, padded_vocab
 from rpo_megatron.planning.models import Model
 
 Recompute = Literal["none", "mlp", "full"]

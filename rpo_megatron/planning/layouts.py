@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import check_layout
+from rpo_megatron.model.layout import check_layout
 from rpo_megatron.planning.layout import Layout, Recompute
 from rpo_megatron.planning.memory import Kernels, Row, Setting, Terms, worst_stage
 from rpo_megatron.planning.time import Share, StepTime, Timing, step_time

@@ -49,16 +49,16 @@ class Kernels:
 
     joined_keys: bool
     """Attention joins the prompt's keys and values to each response's, and then the results of all segments."""
-    fused_norm: bool
-    """The norm keeps its input and one number per row; unfused (a CPU), its fp32 input and fp32 result."""
+    forgets: bool = True
+    """What norms and gates make for matrices is not kept (model/forgetful.py); Transformer Engine's layers keep it."""
     fp8: bool = False
     """Matrices keep their inputs in FP8, and FP8 copies of their weights, as they are and transposed."""
     kept_logits: float = 0.0
     """Bytes of each micro-batch for tiles of logits that backward need not make again."""
 
 
-CPU = Kernels(joined_keys=False, fused_norm=False, kept_logits=KEPT_LOGITS["cpu"])
-GPU = Kernels(joined_keys=True, fused_norm=True, kept_logits=KEPT_LOGITS["cuda"])
+CPU = Kernels(joined_keys=False, kept_logits=KEPT_LOGITS["cpu"])
+GPU = Kernels(joined_keys=True, kept_logits=KEPT_LOGITS["cuda"])
 """What our layers run today; see model/attention.py, model/layers.py and model/build.py."""
 
 
@@ -182,23 +182,23 @@ class Kept:
 
     attention: float
     rest: float
-    """Norms and the inputs of the first matrices."""
+    """Norms and the input of attention's first matrix."""
     dense: float
-    """Inside the feed-forward of a layer without experts,"""
+    """The feed-forward of a layer without experts,"""
     experts: float
     """and of one with."""
     input: float
-    """Of a layer that is computed again."""
+    """Of what is computed again: a layer, or its feed-forward."""
 
     @property
     def largest(self) -> float:
         return self.attention + self.rest + max(self.dense, self.experts)
 
     def without_feed_forward(self) -> "Kept":
-        return replace(self, dense=0.0, experts=0.0)
+        return replace(self, dense=self.input, experts=self.input)
 
     def input_alone(self) -> "Kept":
-        return replace(self, attention=0.0, rest=self.input, dense=0.0, experts=0.0)
+        return replace(self, attention=0.0, rest=0.0, dense=self.input, experts=self.input)
 
     @classmethod
     def of(cls, setting: Setting, layout: Layout) -> "Kept":
@@ -208,7 +208,7 @@ class Kept:
         query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         result = shape.num_heads * shape.value_dim
         # query, key, the result, a log-sum-exp per head, and the values: a view of query-key-value, or a copy
-        values = query + 2 * key if kernels.joined_keys else key + _kept_by_key_norm(setting) * (query + 2 * key)
+        values = query + 2 * key if kernels.joined_keys else key + shape.qk_norm * (query + 2 * key)
         padded = shape.value_dim != shape.head_dim  # attend_padded: values, and the result with and without zeros
         if shape.latent is not None:  # a view of what is made of c_kv, or a copy
             made = shape.num_heads * (shape.latent.plain_dim + shape.value_dim)
@@ -218,17 +218,15 @@ class Kept:
             attention += w / t * (tokens * (0 if padded else query) + setting.row.repeated / layout.context * 2 * key)
             attention = _sink_keys(setting, layout) if shape.sinks else attention
         attention += tokens / t * query * kernels.fp8
-        rotary = tokens * 4 * w * (shape.rotary_dim or shape.head_dim)  # cosines and sines, for query and for key
-        if shape.latent is not None:  # once for both, and once per pair
-            rotary = tokens * w * shape.latent.rotary_dim
         norms = (4 if shape.post_norms else 2) * whole * _norm(setting, shape.hidden_size)
         norms += tokens / t * _head_norms(setting) + whole * _latent_norms(setting)
-        inputs = 2 * whole * _input_width(setting) * shape.hidden_size + _adapters(setting, layout)
+        into = whole * _input_width(setting) * shape.hidden_size
+        forgotten = kernels.forgets and shape.latent is None
         return cls(
-            attention=attention + rotary,
-            rest=norms + inputs,
-            dense=tokens / t * _columns(setting) * shape.ffn_size,
-            experts=_experts(setting, layout, tokens),
+            attention=attention,
+            rest=norms + (0 if forgotten else into) + _adapters(setting, layout),
+            dense=(0 if kernels.forgets else into) + tokens / t * _dense_columns(setting) * shape.ffn_size,
+            experts=into + _experts(setting, layout, tokens),
             input=whole * w * shape.hidden_size,
         )
 
@@ -260,39 +258,37 @@ def _adapters(setting: Setting, layout: Layout) -> float:
 
 def _norm(setting: Setting, size: int) -> float:
     """Of a row of `size` numbers."""
-    width = WIDTH[setting.precision]
-    if setting.model.shape.norm == "layer1p":
-        return width * size + 8.0
-    if setting.kernels.fused_norm:
-        return width * size + 4.0
-    # The result is kept for the gradient of the norm's weight, which a frozen one has not.
-    return (8.0 if setting.model.adapter is None else 4.0) * size + 4.0
+    return WIDTH[setting.precision] * size + (8.0 if setting.model.shape.norm == "layer1p" else 4.0)
 
 
 def _head_norms(setting: Setting) -> float:
-    """Norms of query and key. The key that goes in is a view of query-key-value, unless it is first made fp32."""
+    """Norms of query and key. The key that goes in is a view of query-key-value, which is counted with the values."""
     shape, width = setting.model.shape, WIDTH[setting.precision]
     if not shape.qk_norm:
         return 0.0
     heads = (shape.num_heads + shape.num_kv_heads) * _norm(setting, shape.head_dim)
-    return heads - (width * shape.num_kv_heads * shape.head_dim if _kept_by_key_norm(setting) else 0)
+    return heads - width * shape.num_kv_heads * shape.head_dim
 
 
 def _latent_norms(setting: Setting) -> float:
     """Norms inside latent attention, and their results, which go into matrices; the part of the key beside what is
-    normed is kept with it, unless that is first made fp32."""
+    normed is kept with it."""
     latent, width = setting.model.shape.latent, WIDTH[setting.precision]
     if latent is None:
         return 0.0
     sizes = [latent.kv_rank] if latent.query_rank is None else [latent.kv_rank, latent.query_rank]
-    copied = not setting.kernels.fused_norm and width != 4
-    return sum(_norm(setting, n) + width * n for n in sizes) + (0 if copied else width * latent.rotary_dim)
+    return sum(_norm(setting, n) + width * n for n in sizes) + width * latent.rotary_dim
 
 
-def _kept_by_key_norm(setting: Setting) -> bool:
-    """Whether a norm keeps its key, and with it all of the query-key-value that this is a view of."""
-    copied = not setting.kernels.fused_norm and WIDTH[setting.precision] != 4
-    return setting.model.shape.qk_norm and not copied
+def _dense_columns(setting: Setting) -> float:
+    """The same of a layer without experts, which forgets what silu gates."""
+    if setting.kernels.forgets and _gated_by_silu(setting):
+        return 2 * WIDTH[setting.precision]
+    return _columns(setting)
+
+
+def _gated_by_silu(setting: Setting) -> bool:
+    return setting.model.shape.gated and setting.model.shape.activation == "silu"
 
 
 def _columns(setting: Setting) -> float:
@@ -302,7 +298,7 @@ def _columns(setting: Setting) -> float:
     w, last = WIDTH[setting.precision], _input_width(setting)
     if not setting.model.shape.gated:
         return w + last
-    return (2 if setting.model.shape.activation == "silu" else 4) * w + last
+    return (2 if _gated_by_silu(setting) else 4) * w + last
 
 
 def _experts(setting: Setting, layout: Layout, tokens: float) -> float:
@@ -322,10 +318,12 @@ def _experts(setting: Setting, layout: Layout, tokens: float) -> float:
 
 
 def _ends(setting: Setting, layout: Layout, stage: int) -> float:
-    """Of a micro-batch, what the first stage keeps before its layers and the last after them."""
+    """Of a micro-batch, what a stage keeps for all its layers (cosines and sines), the first before and the last after
+    them."""
     shape, w = setting.model.shape, WIDTH[setting.precision]
     tokens, scored = setting.row.tokens / layout.context, setting.row.scored / layout.context
-    kept = 8 * tokens if stage == 0 else 0.0
+    bases = 1 if shape.local_rope_theta is None else 2
+    kept = bases * w * tokens * (shape.rotary_dim or shape.head_dim) + (8 * tokens if stage == 0 else 0.0)
     if stage == layout.pipeline - 1:
         whole = tokens / layout.tensor if layout.sequence else tokens
         kept += whole * _norm(setting, shape.hidden_size)

@@ -10,6 +10,7 @@ from rpo_megatron.config_verbs import PlanConfig
 from rpo_megatron.data.manifest import Manifest, read_record
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.adapter import Adapter, possible_targets
+from rpo_megatron.model.layout import check_engine_knows
 from rpo_megatron.planning.hardware import GPUS, Cluster
 from rpo_megatron.planning.layout import Layout, Recompute
 from rpo_megatron.planning.layouts import BUDGETS, Question
@@ -19,7 +20,7 @@ from rpo_megatron.planning.time import Timing
 from rpo_megatron.planning.workload import Workload, given_lengths, manifest_lengths
 from rpo_megatron.processes import check_world
 from rpo_megatron.training.checks import check_config
-from rpo_megatron.training.resolve import Plan, check_engine_knows
+from rpo_megatron.training.resolve import Plan
 
 A_ROW_PER_GROUP = 1
 """As tokens in a row: no two groups fit."""
@@ -136,7 +137,8 @@ def _kernels(timing: Timing, run: Plan | None) -> Kernels:
     attention = "auto" if run is None else run.config.kernels.attention
     joined = GPU.joined_keys if attention == "auto" else attention == "sdpa"
     kept = GPU.kept_logits if run is None else _kept_logits(run)
-    return replace(GPU, fp8=timing.fp8, joined_keys=joined, kept_logits=kept)
+    engine = timing.fp8 or (run is not None and run.config.kernels.layers == "transformer_engine")
+    return replace(GPU, fp8=timing.fp8, joined_keys=joined, forgets=not engine, kept_logits=kept)
 
 
 def _kept_logits(run: Plan) -> float:

@@ -68,9 +68,9 @@ def _premises(question: Question, name: str) -> Iterator[str]:
     timing = question.timing
     shape, cluster, work = timing.model.shape, timing.cluster, timing.work
     total, active = count_parameters(timing.model), count_active(timing.model)
-    experts = f" ({active / 1e9:.2f} billion of them per token)" * (active < total)
+    experts = f" ({_count(active)} of them per token)" * (active < total)
     yield (
-        f"model    {timing.model.name}: {total / 1e9:.2f} billion parameters{experts}, {shape.num_layers} layers, "
+        f"model    {timing.model.name}: {_count(total)} parameters{experts}, {shape.num_layers} layers, "
         f"hidden {shape.hidden_size}, {timing.precision}" + ", matrices in FP8" * timing.fp8
     )
     yield (
@@ -104,9 +104,20 @@ def table(estimates: list[Estimate]) -> Iterator[str]:
         yield (
             f"  {layout.tensor:6} {layout.pipeline:8} {layout.data:4}  {_mark(layout.sequence):>8} "
             f"{layout.recompute:>9}  {one.share.row.tokens:10,.0f} {one.share.microbatches:5}  "
-            f"{one.bytes / GIB:9.1f} {step.seconds:7.2f} {one.tokens_per_second:10,.0f} "
+            f"{one.bytes / GIB:9.1f} {_seconds(step.seconds):>7} {one.tokens_per_second:10,.0f} "
             f"{one.question.timing.groups_per_step / step.seconds:9.1f}  {one.mfu:4.0%}{virtual}{expert}{context}"
         )
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:,.0f}"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.2f}" if number >= 1 else f"{number:.3g}"
 
 
 def _mark(switch: bool) -> str:

@@ -39,6 +39,8 @@ from rpo_megatron.model.weights import draw_value_head, load_hf
 from rpo_megatron.training.optimizer import load_state
 from rpo_megatron.training.resume import RunState, check_same, difference
 
+INCOMPLETE, DISCARDED = ".incomplete", ".discarded"
+"""How the names of directories end that are being written, and deleted."""
 SHARDING = "fully_reshardable"
 """How the optimizer's state is cut: the only one of megatron's kinds that any layout can load."""
 EXTRA_STATE = "_extra_state"
@@ -69,7 +71,7 @@ def save(
     `optimizer` may be None (weights only); `companions` is the Hugging Face directory whose config and tokenizer go
     along.
     """
-    staging = directory.with_name(f".{directory.name}.incomplete")
+    staging = directory.with_name(f".{directory.name}{INCOMPLETE}")
     dtype, head = HF_DTYPES[state.precision], model.shape.head
     on_leader(lambda: _begin(staging, config_text, companions, dtype=dtype, head=head))
     dist_checkpointing.save(
@@ -318,12 +320,22 @@ def _verify(directory: Path, record: dict[str, Any], groups: Groups) -> None:
 
 
 def _begin(staging: Path, config_text: str, companions: Path, *, dtype: str, head: Head) -> None:
-    if staging.exists():
-        shutil.rmtree(staging)  # left by a run that died while writing
+    _discard_unfinished(staging)
     for name in (SHARDS, HF):
         (staging / name).mkdir(parents=True)
     copy_companions(companions, staging / HF, dtype=dtype, head=head)
     (staging / "config.yaml").write_text(config_text, encoding="utf-8")
+
+
+def _discard_unfinished(staging: Path) -> None:
+    """Delete what runs left here that died while writing, this step or another, which may never be written again. It
+    loses its name first, in one step: a process that writes it after all fails, and cannot complete what is half
+    deleted."""
+    left = {staging, staging.with_suffix(DISCARDED)}
+    left |= {path for suffix in (DISCARDED, INCOMPLETE) for path in staging.parent.glob(f".step-*{suffix}")}
+    for path in sorted(left):  # what is half deleted already comes before what takes its name
+        if path.exists():
+            shutil.rmtree(path.rename(path.with_suffix(DISCARDED)))
 
 
 def _complete(staging: Path, directory: Path, record: dict[str, Any]) -> None:

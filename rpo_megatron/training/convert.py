@@ -13,8 +13,9 @@ from rpo_megatron.fileio import put_in_place
 from rpo_megatron.model.build import DTYPES, Model, Precision, build
 from rpo_megatron.model.companions import copy_companions
 from rpo_megatron.model.hf_io import HFWriter
+from rpo_megatron.model.layout import check_layout
 from rpo_megatron.model.lora_io import write_peft
-from rpo_megatron.model.shape import check_layout, num_parameters, read_shape
+from rpo_megatron.model.shape import num_parameters, read_shape
 from rpo_megatron.model.source import Source, find, read_state
 from rpo_megatron.model.table import HF_EXPERT_BIAS
 from rpo_megatron.model.weights import gather_hf

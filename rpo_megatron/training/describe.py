@@ -7,7 +7,8 @@ from rpo_megatron.config import RunConfig
 from rpo_megatron.data.store import Store
 from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
-from rpo_megatron.model.shape import chunk_layers, num_parameters, padded_vocab
+from rpo_megatron.model.layout import chunk_layers
+from rpo_megatron.model.shape import num_parameters, padded_vocab
 from rpo_megatron.objectives import catalogue
 from rpo_megatron.training import adapters
 from rpo_megatron.training.checks import READS_REWARD, check_config
@@ -16,13 +17,29 @@ from rpo_megatron.training.sidecar import state
 
 
 def print_config(config: RunConfig) -> None:
-    """`rpo config`: the resolved config as yaml, then what follows from it (as far as the files are there)."""
+    """`rpo config`: the resolved config as yaml, then what follows from it (as far as the files are there).
+
+    Raises UserError, as `rpo train` does, where the model cannot be split, or the data not gone through, as the config
+    says.
+    """
     print(config_io.dump(config))
     check_config(config)
     plan = Plan(config=config)
+    if _is_there(lambda: plan.shape):
+        plan.check_shape(plan.shape)
+    if _is_there(lambda: plan.train_store):
+        _ = plan.num_steps
     for name, describe in _DERIVED.items():
         text = _or_reason(lambda describe=describe: describe(plan))  # type: ignore[misc]
         print(f"# {name:<12} {text}".replace("\n", "\n# " + " " * 13))
+
+
+def _is_there(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except UserError:  # its row says why not
+        return False
+    return True
 
 
 def _or_reason(describe: Callable[[], str]) -> str:
@@ -34,7 +51,6 @@ def _or_reason(describe: Callable[[], str]) -> str:
 
 def model(plan: Plan) -> str:
     shape = plan.shape
-    plan.check_shape(shape)
     embeddings = "tied" if shape.tied_embeddings else "untied"
     head = "value head (reward model)" if shape.head == "value" else f"{embeddings} embeddings"
     further = f"; without the last {shape.further_layers}, for further tokens" if shape.further_layers else ""
@@ -167,7 +183,8 @@ def _role(reads: frozenset[str]) -> str:
 def steps(plan: Plan) -> str:
     per_step = plan.config.train.groups_per_step
     passes = plan.num_steps * per_step / len(plan.train_store)
-    return f"{plan.num_steps} of {per_step} groups ({passes:.2f} passes over the data)"
+    again = "; the store has fewer groups: each step takes some of them again" * (per_step > len(plan.train_store))
+    return f"{plan.num_steps} of {per_step:,} groups ({passes:.2f} passes over the data{again})"
 
 
 _DERIVED: dict[str, Callable[[Plan], str]] = {

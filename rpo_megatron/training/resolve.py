@@ -18,8 +18,9 @@ from rpo_megatron.data.tokenizer import same_tokenizer, tokenizer_fingerprints
 from rpo_megatron.data.view import RewardView
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.adapter import Adapter
+from rpo_megatron.model.layout import check_engine_knows, check_layout
 from rpo_megatron.model.precision import frozen, row_alignment
-from rpo_megatron.model.shape import ModelShape, check_layout, read_shape
+from rpo_megatron.model.shape import ModelShape, read_shape
 from rpo_megatron.model.source import Source, find
 from rpo_megatron.objectives import catalogue
 from rpo_megatron.objectives.row import KnobValue
@@ -122,7 +123,15 @@ class Plan:
         if train.steps is not None:
             return train.steps
         assert train.epochs is not None
-        return max(1, math.ceil(train.epochs * len(self.train_store) / train.groups_per_step))
+        num_groups = len(self.train_store)
+        if train.groups_per_step > num_groups:
+            raise UserError(
+                f"train.groups_per_step={train.groups_per_step:,} is more than the {num_groups:,} groups of "
+                f"'{self.train_store.prefix}', so that train.epochs={train.epochs:g} cannot be kept: one step would be "
+                f"{train.groups_per_step / num_groups:.2f} passes; set train.groups_per_step to {num_groups} or less, "
+                f"or train.steps in place of train.epochs if a step is to take groups several times"
+            )
+        return max(1, math.ceil(train.epochs * num_groups / train.groups_per_step))
 
     @property
     def row_multiple(self) -> int:
@@ -216,18 +225,8 @@ def resolve(config: RunConfig) -> Plan:
     check_config(config)
     plan = Plan(config=config)
     plan.check_models()
-    _ = plan.train_store, plan.valid_store, plan.adapter
+    _ = plan.train_store, plan.valid_store, plan.adapter, plan.num_steps
     return plan
-
-
-def check_engine_knows(shape: ModelShape) -> None:
-    """Raises UserError for a model that cannot have Transformer Engine's layers, which FP8 needs."""
-    if shape.latent is not None or shape.biases:
-        raise UserError(
-            f"{shape.family}: Transformer Engine's layers (kernels.layers=transformer_engine, fp8.recipe) are not "
-            f"supported with {'biases' if shape.biases else 'latent attention'}; set kernels.layers=megatron and "
-            f"fp8.recipe=none"
-        )
 
 
 def _precision(precision: str, fp8: Fp8Config) -> str:

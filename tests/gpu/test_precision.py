@@ -21,10 +21,11 @@ from rpo_megatron.model.shape import read_shape
 from rpo_megatron.model.source import find
 from rpo_megatron.objectives import objective
 from rpo_megatron.training import checkpoint
-from rpo_megatron.training.checkpoint import RunState, load_weights
+from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.forward import Batch, run_logps, run_objective, to_device, with_reference_logps
 from rpo_megatron.training.optimizer import build_optimizer
 from tests import tiny
+from tests.checkpoints import run_state, save
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TE = KernelsConfig(layers="transformer_engine")
@@ -171,17 +172,14 @@ def test_checkpoints_keep_the_scales(tmp_path: Path, recipe: str) -> None:
         run_objective(model, rows, loss, train=True)
         optimizer.step()
     policy, groups = model.module, here()
-    state = RunState(step=3, consumed=1, groups_per_step=1, seed=0, precision="bf16", data="none", reference=None)
     saved = tmp_path / "saved"
-    checkpoint.save(
-        policy, optimizer, directory=saved, state=state, config_text="", companions=tmp_path / "model", groups=groups
-    )
+    save(policy, optimizer, directory=saved, companions=tmp_path / "model", groups=groups, precision="bf16")
     again = wrap(model_of(tmp_path / "model", fp8=fp8))
     checkpoint.load(
         again.module,
         build_optimizer(OptimizerConfig(lr=1e-4), again, "bf16"),
         directory=saved,
-        expected=state,
+        expected=run_state("bf16"),
         groups=groups,
     )
     torch.testing.assert_close(per_token(again.module, rows), per_token(policy, rows), rtol=0, atol=1e-3)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rpo_megatron.distributed import Axis
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.context import part_of
-from rpo_megatron.model.shape import check_layout, read_shape
+from rpo_megatron.model.layout import check_layout
+from rpo_megatron.model.shape import read_shape
 from tests import tiny
 
 

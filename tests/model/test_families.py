@@ -9,9 +9,10 @@ import pytest
 
 from rpo_megatron.errors import UserError
 from rpo_megatron.model.families import Clamp
+from rpo_megatron.model.layout import check_layout
 from rpo_megatron.model.parts import Experts, Latent
 from rpo_megatron.model.rope import RopeScaling
-from rpo_megatron.model.shape import check_layout, num_parameters
+from rpo_megatron.model.shape import num_parameters
 from rpo_megatron.planning.models import find_model
 from tests.model.test_shape import LLAMA_31, QWEN_25, read
 

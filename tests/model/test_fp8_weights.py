@@ -14,8 +14,8 @@ from rpo_megatron.model.build import build
 from rpo_megatron.model.shape import read_shape
 from rpo_megatron.model.source import find
 from rpo_megatron.training import checkpoint
-from rpo_megatron.training.checkpoint import RunState
 from tests import tiny
+from tests.checkpoints import save
 
 
 class Quantised(torch.Tensor):
@@ -67,9 +67,7 @@ def test_filled_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     groups = start(ParallelConfig())
     plain: Any = build(read_shape(tmp_path / "model"), precision="bf16", sequence_parallel=False, groups=groups)
     checkpoint.load_weights(plain, find(tmp_path / "model"), groups)
-    state = RunState(step=0, consumed=0, groups_per_step=0, seed=0, precision="bf16", data="", reference=None)
-    options: Any = {"state": state, "config_text": "", "companions": tmp_path / "model", "groups": groups}
-    checkpoint.save(plain, None, directory=tmp_path / "saved", **options)
+    save(plain, directory=tmp_path / "saved", companions=tmp_path / "model", groups=groups, precision="bf16")
     for source in ("model", "saved"):
         model = quantised_model(tmp_path / "model", groups)
         checkpoint.load_weights(model, find(tmp_path / source), groups)

@@ -14,8 +14,8 @@ from rpo_megatron.model.source import find
 from rpo_megatron.model.te_layers import canonical_name
 from rpo_megatron.model.weights import gather_hf, global_parameters
 from rpo_megatron.training import checkpoint
-from rpo_megatron.training.checkpoint import RunState
 from tests import tiny
+from tests.checkpoints import save
 from tests.model.rows import random_rows
 from tests.model.te_stand_in import stand_in
 
@@ -76,16 +76,7 @@ def test_checkpoints_are_exchangeable(tmp_path: Path, first: str, second: str, n
     writer = model_of(tmp_path / "model", first)
     for parameter in writer.parameters():
         torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
-    state = RunState(step=1, consumed=1, groups_per_step=1, seed=0, precision="fp32", data="none", reference=None)
-    checkpoint.save(
-        writer,
-        None,
-        directory=tmp_path / "saved",
-        state=state,
-        config_text="",
-        companions=tmp_path / "model",
-        groups=groups,
-    )
+    save(writer, directory=tmp_path / "saved", companions=tmp_path / "model", groups=groups)
     reader = model_of(tmp_path / "model", second)
     checkpoint.load_weights(reader, find(tmp_path / "saved"), groups)
     written, read = global_parameters(writer), global_parameters(reader)

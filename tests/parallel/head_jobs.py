@@ -16,8 +16,9 @@ from rpo_megatron.model.shape import read_shape
 from rpo_megatron.model.source import find
 from rpo_megatron.model.weights import gather_hf
 from rpo_megatron.training import checkpoint, convert
-from rpo_megatron.training.checkpoint import RunState, load_weights
+from rpo_megatron.training.checkpoint import load_weights
 from rpo_megatron.training.optimizer import build_optimizer
+from tests.checkpoints import run_state, save
 from tests.model.rows import (
     Packed,
     kl_loss,
@@ -121,9 +122,6 @@ class Restored:
     """Weights after the optimizer, restored too, made one more step."""
 
 
-STATE = RunState(step=1, consumed=4, groups_per_step=4, seed=0, precision="fp32", data="none", reference=None)
-
-
 def save_and_load(data: str, save: ParallelConfig, layouts: list[ParallelConfig]) -> list[Restored]:
     """Start a reward model from the language model `data`/lm, make one step, save `data`/saved and make another; then
     resume under each layout. Last, export `data`/exported over two tensor ranks and two stages."""
@@ -141,15 +139,7 @@ def _save(directory: Path, parallel: ParallelConfig) -> Restored:
     _step(ddp, optimizer, groups)
     # What megatron calls where every data rank gets the whole of their optimizer, 12 bytes for each of its parameters.
     with mock.patch("torch.distributed.all_gather", side_effect=AssertionError("only one data rank writes it")):
-        checkpoint.save(
-            model,
-            optimizer,
-            directory=directory / "saved",
-            state=STATE,
-            config_text="",
-            companions=directory / "lm",
-            groups=groups,
-        )
+        save(model, optimizer, directory=directory / "saved", companions=directory / "lm", groups=groups)
     return _restored(model, ddp, optimizer, groups)
 
 
@@ -158,7 +148,7 @@ def _load(directory: Path, parallel: ParallelConfig) -> Restored:
     model = _empty(directory / "lm", parallel, groups)
     ddp = wrap(model)
     optimizer = build_optimizer(OptimizerConfig(lr=0.01), ddp, "fp32")
-    checkpoint.load(model, optimizer, directory=directory / "saved", expected=STATE, groups=groups)
+    checkpoint.load(model, optimizer, directory=directory / "saved", expected=run_state(), groups=groups)
     return _restored(model, ddp, optimizer, groups)
 
 

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """For subprocesses: this checkout on the path, one thread each, libraries' warnings off."""
+    """For subprocesses: this checkout on the path, one thread each."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **extra}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
 def run(function: str, *, processes: int, directory: Path, timeout: float = 600.0, **arguments: Any) -> list[Any]:

@@ -37,7 +37,8 @@ def test_one_rank_fails(kind: str, word: str) -> None:
 
 
 def test_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a checkpoint that is visible before it is complete, and a `latest` that moves too early."""
+    """Catches a checkpoint that is visible before it is complete, a `latest` that moves too early, half a checkpoint
+    that stays: of a step that is written again, of another one, or half deleted."""
     yaml = tmp_path / "run.yaml"
     yaml.write_text(dump(tiny.run_config(tmp_path, "checkpoint.every=1")))
     whole = {"write_json": checkpoint.write_json}
@@ -54,6 +55,8 @@ def test_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch: py
     assert newest is not None
     assert newest.name == "step-00000001"
     monkeypatch.undo()
+    for name in ("step-00000002.discarded", "step-00000007.incomplete", "step-00000007.discarded"):
+        (newest.parent / f".{name}" / "shards").mkdir(parents=True)
     assert cli.main(["train", str(yaml)]) == 0
     stop()
     newest = newest_checkpoint(tmp_path / "run")

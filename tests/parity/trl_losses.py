@@ -62,6 +62,13 @@ class FullHead:
         return SimpleNamespace(logits=logits)
 
 
+class PlainModel(torch.nn.Module):
+    """What a trainer asks about its own model: it is trained, and it is not a PEFT model (where peft is installed,
+    accelerate looks for one among the submodules)."""
+
+    is_gradient_checkpointing = False
+
+
 def dpo(rows: Rows, *, losses: dict[str, float], beta: float = 1.0, label_smoothing: float = 0.0) -> torch.Tensor:
     """DPOTrainer with `losses` {loss_type: weight}, on chosen rows followed by as many rejected ones."""
     trainer = _trainer(
@@ -218,7 +225,7 @@ def _trainer(kind: type, **attributes: Any) -> Any:
             per_device_train_batch_size=4,
         ),
         "aux_loss_enabled": False,
-        "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        "model": PlainModel(),
         "_metrics": defaultdict(lambda: defaultdict(list)),
         "_total_train_tokens": 0,
         "_tp_size": 1,

@@ -29,14 +29,16 @@ SETTING = Setting(
     model=find_model("llama-3.1-8b"),
     precision="bf16",
     reference="resident",
-    kernels=Kernels(joined_keys=False, fused_norm=True),
+    kernels=Kernels(joined_keys=False, forgets=False),
     row=Row(tokens=TOKENS, scored=600),
     microbatches=8,
 )
 ATTENTION = 2 * (4096 + 1024 + 1024 + 4096) + 4 * 32
 """Bytes per token and layer: query, key, value, result; a log-sum-exp for each of 32 heads."""
-ROTARY = 2 * 4 * 128
-NORMS_AND_INPUTS = 2 * (2 * 4096 + 4) + 2 * 2 * 4096
+ROTARY = 2 * 128
+"""Bytes per token, of all layers."""
+NORMS = 2 * (2 * 4096 + 4)
+INPUT = 2 * 4096
 FEED_FORWARD = 2 * 3 * 14336
 
 
@@ -57,15 +59,22 @@ def test_states() -> None:
 
 
 def test_kept_by_tensor_ranks() -> None:
-    """Heads and columns are split over the tensor ranks; norms and the matrices' inputs only with sequence parallelism;
-    rotary tables never."""
+    """Heads and columns are split over the tensor ranks; norms and the matrices' inputs only with sequence
+    parallelism."""
     for layout, whole in ((Layout(tensor=4), 1), (Layout(tensor=4, sequence=True), 4)):
         kept = Kept.of(SETTING, layout)
-        assert kept.attention == TOKENS * (ATTENTION / 4 + ROTARY)
-        assert kept.rest == TOKENS * NORMS_AND_INPUTS / whole
-        assert kept.dense == TOKENS * FEED_FORWARD / 4
-        assert kept.input == TOKENS * 2 * 4096 / whole
-    assert Kept.of(SETTING, Layout(context=2)).attention == TOKENS / 2 * (ATTENTION + ROTARY)
+        assert kept.attention == TOKENS * ATTENTION / 4
+        assert kept.rest == TOKENS * (NORMS + INPUT) / whole
+        assert kept.dense == TOKENS * (INPUT / whole + FEED_FORWARD / 4)
+        assert kept.input == TOKENS * INPUT / whole
+    assert Kept.of(SETTING, Layout(context=2)).attention == TOKENS / 2 * ATTENTION
+
+
+def test_forgotten() -> None:
+    """Catches a plan that counts what is made again: what norms make for two matrices, and the gate for a third."""
+    forgetful = Kept.of(replace(SETTING, kernels=Kernels(joined_keys=False)), Layout())
+    assert forgetful.rest == TOKENS * NORMS
+    assert forgetful.dense == TOKENS * 2 * 2 * 14336
 
 
 def test_joined_keys() -> None:
@@ -82,7 +91,7 @@ def test_joined_keys() -> None:
 def test_micro_batches_in_flight(stage: int, microbatches: int, in_flight: int) -> None:
     """Stage i of 4 holds 4 - i micro-batches, or all there are; catches a schedule that holds one too many."""
     memory = stage_memory(replace(SETTING, microbatches=microbatches), Layout(pipeline=4), stage)
-    assert memory["attention"] == 8 * in_flight * TOKENS * (ATTENTION + ROTARY)
+    assert memory["attention"] == 8 * in_flight * TOKENS * ATTENTION
 
 
 @pytest.mark.parametrize(
@@ -92,18 +101,18 @@ def test_interleaved_micro_batches_in_flight(stage: int, microbatches: int, pass
     """Two chunks of 4 layers on each of 4 stages: 2 passes for each stage that follows, a turn of 4 rows with the first
     chunk, and one pass; where there are no more, all passes of all rows."""
     memory = stage_memory(replace(SETTING, microbatches=microbatches), Layout(pipeline=4, virtual=2), stage)
-    assert memory["attention"] == 4 * passes * TOKENS * (ATTENTION + ROTARY)
+    assert memory["attention"] == 4 * passes * TOKENS * ATTENTION
 
 
 def test_recompute_keeps_inputs_only() -> None:
     """A layer's input, 8,192 bytes per token, for each of 32 layers; one layer whole in the moment of its backward."""
-    kept, ends = Kept.of(SETTING, Layout()), 8 * TOKENS + TOKENS * (8192 + 4) + 600 * (8192 + 28)
+    kept, ends = Kept.of(SETTING, Layout()), (8 + ROTARY) * TOKENS + TOKENS * (8192 + 4) + 600 * (8192 + 28)
     without, mlp, memory = (stage_memory(SETTING, Layout(data=64, recompute=again), 0) for again in RECOMPUTE)
     assert memory["attention"] == 0
     assert memory["activations"] == 32 * TOKENS * 8192 + ends
     assert memory["working"] - without["working"] == pytest.approx(kept.largest)
     assert mlp["attention"] == without["attention"]
-    assert without["activations"] - mlp["activations"] == pytest.approx(32 * kept.dense)
+    assert without["activations"] - mlp["activations"] == pytest.approx(32 * (kept.dense - kept.input))
     assert mlp["working"] - without["working"] == pytest.approx(kept.dense)
 
 

@@ -107,6 +107,14 @@ def test_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "parallel.expert=" in text
 
 
+def test_small_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches numbers that are rounded to 0."""
+    (tmp_path / "run.yaml").write_text(dump(run_config(tmp_path)))
+    text = plan(capsys, str(tmp_path / "run.yaml"), "gpu=H100", "gpus=2")
+    assert ": 39,392 parameters, 4 layers" in text
+    assert " 0.00 " not in text[text.index("s/step") : text.index("memory of the first")]
+
+
 def test_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same of chunks of layers: in what is found, and of a run's own."""
     text = plan(capsys, "model=llama-3.1-70b", "gpu=H100", "gpus=512", "groups_per_step=1024", "recompute=none")
@@ -138,8 +146,8 @@ def test_what_train_refuses(
         resolve(config)
     file.write_text(dump(config))
     assert message in refused(capsys, str(file), "gpu=H100", "gpus=24")
-    assert cli.main(["config", str(file)]) == 0
-    assert message in capsys.readouterr().out
+    assert cli.main(["config", str(file)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_no_layout_could_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,12 +201,15 @@ def test_run_without_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_kernels_of_a_run(tmp_path: Path) -> None:
-    """A run that names its attention is planned with what that keeps."""
+    """A run that names its attention, or its layers, is planned with what these keep."""
     file = tmp_path / "run.yaml"
     for name, joined in (("auto", GPU.joined_keys), ("sdpa", True), ("merged", False)):
         file.write_text(dump(run_config(tmp_path, f"kernels.attention={name}")))
         asked = ask(PlanConfig(gpu="H100", gpus=1, run=str(file)))
         assert asked.question.kernels.joined_keys == joined
+        assert asked.question.kernels.forgets
         assert not asked.question.timing.offloaded_moments
+    file.write_text(dump(run_config(tmp_path, "kernels.layers=transformer_engine")))
+    assert not ask(PlanConfig(gpu="H100", gpus=1, run=str(file))).question.kernels.forgets
     file.write_text(dump(run_config(tmp_path, "optimizer.offload=true")))
     assert ask(PlanConfig(gpu="H100", gpus=1, run=str(file))).question.timing.offloaded_moments

@@ -70,6 +70,20 @@ def test_knobs_that_only_work_without_each_other(fails: Rpo) -> None:
     assert "2 steps; this run has 1 to go" in fails("train", "profile.steps=1", "profile.skip=0", "train.stop_at=1")
 
 
+def test_epochs_of_a_store_that_is_smaller_than_a_step(fails: Rpo) -> None:
+    """Catches an hour in one step: 50 groups of a store of 12 are no epoch."""
+    message = fails("train", "train.steps=null", "train.epochs=1", "train.groups_per_step=50")
+    assert "train.groups_per_step=50 is more than the 12 groups of" in message
+    assert "4.17 passes; set train.groups_per_step to 12 or less, or train.steps" in message
+
+
+def test_config_refuses_what_train_refuses(fails: Rpo) -> None:
+    """Catches a look at the config, made before many GPUs are asked for, that finds nothing, or a traceback."""
+    assert "parallel.pipeline=5 must be from 1 to the model's 4 layers" in fails("config", "parallel.pipeline=5")
+    assert "parallel.tensor=3 does not divide the model's 4 heads" in fails("config", "parallel.tensor=3")
+    assert "12 or less" in fails("config", "train.steps=null", "train.epochs=1", "train.groups_per_step=13")
+
+
 def test_unused_reference_knobs(fails: Rpo) -> None:
     """Catches a reference that a method without one would load, or ignore, without a word."""
     sft = ["objective.method=sft", "objective.beta=null", "objective.eta=null"]

@@ -57,6 +57,13 @@ def test_chunks_of_layers(directory: Path) -> None:
     assert describe.stages(resolve(tiny.run_config(directory, *interleaved))) == "1+1+1+1 layers, 2 chunks on each"
 
 
+def test_steps_larger_than_the_store(directory: Path) -> None:
+    """Catches steps that go through a store several times without a word."""
+    assert describe.steps(resolve(tiny.run_config(directory))) == "3 of 6 groups (1.50 passes over the data)"
+    large = resolve(tiny.run_config(directory, "train.groups_per_step=50"))
+    assert "12.50 passes over the data; the store has fewer groups" in describe.steps(large)
+
+
 def test_experts(tmp_path: Path) -> None:
     """Catches a loss of the routers that is added and not said, layers without experts that count as such."""
     tiny.write_model(tmp_path / "model", **tiny.FAMILIES["qwen2_moe"])

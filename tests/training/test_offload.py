@@ -19,15 +19,13 @@ from rpo_megatron.model.source import find
 from rpo_megatron.objectives import objective
 from rpo_megatron.training import checkpoint
 from rpo_megatron.training.adam import FusedLayoutAdam
-from rpo_megatron.training.checkpoint import RunState
 from rpo_megatron.training.forward import Batch, run_objective, to_device
 from rpo_megatron.training.offload import OffloadedAdam
 from rpo_megatron.training.optimizer import build_optimizer, choose_optimizer
 from rpo_megatron.training.step import gather_weights
 from tests import tiny
+from tests.checkpoints import run_state, save
 from tools.bench.common import Data
-
-STATE = RunState(step=2, consumed=2, groups_per_step=1, seed=0, precision="bf16", data="none", reference=None)
 
 
 class Run:
@@ -62,17 +60,17 @@ def test_checkpoints_are_exchangeable(tmp_path: Path, first: bool) -> None:
     rows = [to_device(row, groups.device)]
     writer = Run(tmp_path / "model", groups, offload=first)
     writer.steps(rows, 2)
-    checkpoint.save(
+    saved, state = tmp_path / "saved", run_state("bf16")
+    save(
         writer.policy,
         writer.optimizer,
-        directory=tmp_path / "saved",
-        state=STATE,
-        config_text="",
+        directory=saved,
         companions=tmp_path / "model",
         groups=groups,
+        precision="bf16",
     )
     reader = Run(tmp_path / "model", groups, offload=not first)
-    checkpoint.load(reader.policy, reader.optimizer, directory=tmp_path / "saved", expected=STATE, groups=groups)
+    checkpoint.load(reader.policy, reader.optimizer, directory=saved, expected=state, groups=groups)
     inner = [getattr(run.optimizer, "chained_optimizers", [run.optimizer])[0].optimizer for run in (writer, reader)]
     kinds = [isinstance(optimizer, OffloadedAdam) for optimizer in inner]
     assert kinds == [first, not first]
