@@ -35,7 +35,9 @@ def step(document: Document) -> Any:
     results = document["results"]
     names = list(dict.fromkeys(name for result in results for name in result["cpu_seconds"]))
     nothing = float("nan")
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 0.6 + 0.28 * len(results) * len(names)), sharey=True)
+    figure, (speed, memory) = plt.subplots(
+        1, 2, figsize=(11, 0.6 + 0.28 * len(results) * len(names)), sharey=True, layout="constrained"
+    )
     tokens = {
         name: [r["real_tokens"] / statistics.median(r["cpu_seconds"].get(name, [nothing])) for r in results]
         for name in names
@@ -47,9 +49,7 @@ def step(document: Document) -> Any:
     labels = [f"V {words(r['vocab'])}\nK {r['responses']}\nprompt {r['prompt']}" for r in results]
     speed.set_yticks(range(len(results)), labels)
     speed.invert_yaxis()
-    figure.legend(
-        *speed.get_legend_handles_labels(), loc="lower center", ncols=len(names) // 2, bbox_to_anchor=(0.5, 1)
-    )
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=len(names) // 2)
     return figure
 
 
@@ -57,7 +57,9 @@ def head(document: Document) -> Any:
     """CPU time over ours, and peak memory beyond the weight's gradient, of every variant."""
     results = document["results"]
     names = list(dict.fromkeys(name for result in results for name in result["cpu_seconds"]))
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 0.6 + 0.25 * len(results) * len(names)), sharey=True)
+    figure, (time, memory) = plt.subplots(
+        1, 2, figsize=(11, 0.6 + 0.25 * len(results) * len(names)), sharey=True, layout="constrained"
+    )
     medians = [{name: statistics.median(s) for name, s in result["cpu_seconds"].items()} for result in results]
     nothing = float("nan")
     _bars(time, {n: [m.get(n, nothing) / m["ours"] for m in medians] for n in names}, "CPU time over ours")
@@ -67,9 +69,7 @@ def head(document: Document) -> Any:
     labels = [f"{r['rows']} rows\nV {words(r['vocab'])}\n{r['precision']}, TP {r['ranks']}" for r in results]
     time.set_yticks(range(len(results)), labels)
     time.invert_yaxis()
-    figure.legend(
-        *time.get_legend_handles_labels(), loc="lower center", ncols=(len(names) + 1) // 2, bbox_to_anchor=(0.5, 1)
-    )
+    figure.legend(*time.get_legend_handles_labels(), loc="outside upper center", ncols=(len(names) + 1) // 2)
     return figure
 
 
@@ -106,7 +106,7 @@ def growth(document: Document) -> Any:
         axes.set_xticks(values, [words(value) for value in values])
         axes.minorticks_off()
         axes.set_title(quantity)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
