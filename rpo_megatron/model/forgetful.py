@@ -1,8 +1,8 @@
 """Results that are cheap to make again are not kept for backward.
 
-What a norm and a gate compute is the input of a linear layer, and half of what a layer would keep. Its storage is given
-back when the module that reads it is done, and filled again, by the same kernels from what backward needs anyway, when
-the gradient of that module's result arrives.
+What norms and gates compute are inputs of linear layers, more than a third of what a layer would keep. Their storage
+is given back when the module that reads it is done, and filled again, by the same kernels from what backward needs
+anyway, when the gradient of that module's result arrives.
 
     norm        read by attention or by a feed-forward layer     made again from the norm's input
     gate        read by the feed-forward layer's last matrix     made again from what is gated
@@ -36,17 +36,15 @@ def forget_results(model: torch.nn.Module) -> None:
             continue
         attention, mlp = layer.self_attention, layer.mlp
         if isinstance(attention, SelfAttention) and isinstance(attention.linear_qkv, ColumnParallelLinear):
-            attention.register_forward_hook(_forget_input)
+            attention.register_forward_hook(lambda _, given, result: _forget(given[0], by=result[0]))
         if isinstance(mlp, MLP) and isinstance(mlp.linear_fc2, RowParallelLinear):
-            gates: list[torch.Tensor] = []
-            mlp.linear_fc2.register_forward_pre_hook(lambda _, given, gates=gates: gates.append(given[0]))
-            mlp.register_forward_hook(
-                lambda _, given, result, gates=gates: _forget(given[0], gates.pop(), by=result[0])
-            )
+            _forget_in(mlp)
 
 
-def _forget_input(_: torch.nn.Module, given: tuple[torch.Tensor, ...], result: tuple[torch.Tensor, ...]) -> None:
-    _forget(given[0], by=result[0])
+def _forget_in(mlp: MLP) -> None:
+    gated: list[torch.Tensor] = []  # what the last matrix reads, until the whole has run
+    mlp.linear_fc2.register_forward_pre_hook(lambda _, given: gated.append(given[0]))
+    mlp.register_forward_hook(lambda _, given, result: _forget(given[0], gated.pop(), by=result[0]))
 
 
 def _forget(*results: torch.Tensor, by: torch.Tensor) -> None:
