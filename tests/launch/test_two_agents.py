@@ -4,7 +4,6 @@ localhost, then fails as it would on a cluster."""
 
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pytest
 from rpo_megatron.model.source import newest_checkpoint, read_state
 from rpo_megatron.training.signals import STOPPED
 from tests.launch.shell import LAUNCH, finish, kill_all, lines_of, shell_environment, start, wait_until, write_config
+from tests.ports import free_port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
 @contextmanager
 def both_agents(nodes: tuple[Node, Node], logs: tuple[Path, Path], *words: str) -> Iterator[list[Any]]:
     """launch/node.sh on both nodes, one process each, ended at the end."""
-    with socket.socket() as probe:
-        probe.bind((nodes[0].address, 0))
-        rendezvous = f"{nodes[0].address}:{probe.getsockname()[1]}"
+    rendezvous = f"{nodes[0].address}:{free_port(nodes[0].address)}"
     started = []
     for rank, (node, log) in enumerate(zip(nodes, logs, strict=True)):
         place = {"NODES": "2", "NODE_RANK": str(rank), "NODE_ADDRESS": node.address, "RENDEZVOUS": rendezvous}

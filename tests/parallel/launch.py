@@ -8,13 +8,14 @@ fails fails the test with the end of its output; one that hangs is killed after 
 
 import importlib
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,9 +30,7 @@ def run(function: str, *, processes: int, directory: Path, timeout: float = 600.
     """Results of `module:function` from every rank."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(arguments, directory / "arguments.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = []
     for rank in range(processes):
         extra = {
