@@ -57,9 +57,16 @@ def write_config(directory: Path) -> str:
 
 
 def start(command: list[str], log: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    """In the background, with all output in `log`."""
+    """In the background, with all output in `log`. It hears Ctrl-C even if the tests, run in a shell's background, do
+    not."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=hear
+        )
 
 
 def wait_until(condition: Callable[[], bool], *, process: "subprocess.Popen[bytes]", log: Path, timeout: float) -> None:
