@@ -57,11 +57,12 @@ def write_config(directory: Path) -> str:
 
 
 def start(command: list[str], log: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    """In the background, with all output in `log`. It hears Ctrl-C even if the tests, run in a shell's background, do
-    not."""
+    """In the background, with all output in `log`. It hears signals that the tests do not, if they run in a shell's
+    background or under nohup."""
 
     def hear() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
 
     with log.open("w") as file:
         return subprocess.Popen(
