@@ -143,18 +143,10 @@ def block_attention(
     return flex_attention(query_T1hd, key_T1gd, value_T1gd, mask, scale=scale, softcap=softcap, sink_h=sink_h)
 
 
-def merged_attention(
-    query_T1hd: torch.Tensor,
-    key_T1gd: torch.Tensor,
-    value_T1gd: torch.Tensor,
-    segments: Segments,
-    *,
-    scale: float,
-    sink_h: torch.Tensor | None = None,
-) -> torch.Tensor:
+def merged_attention(query_T1hd: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
     """Two merged passes, by the kernels of the device."""
     attend = merged_gpu.merged_attention if query_T1hd.is_cuda else merged.merged_attention
-    return attend(query_T1hd, key_T1gd, value_T1gd, segments, scale=scale, sink_h=sink_h)
+    return attend(query_T1hd, *given, **options)
 
 
 ATTENTION: dict[AttentionName, Attend] = {
@@ -214,9 +206,9 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.latent = shape.latent is not None
         local = shape.local_rope_theta is not None and shape.window(layer_number - 1) is not None
-        self.turn = 1 if local else 0
+        self.turn = None if shape.latent is not None else int(local)
+        """Which of the row's turns; None where queries and keys come turned, as those of latent attention do."""
         self.attend = layer_attention(attention, shape, layer_number - 1, scale=scale)
         if shape.value_dim != shape.head_dim:
             self.attend = partial(attend_padded, self.attend)
@@ -237,7 +229,7 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        if not self.latent:
+        if self.turn is not None:
             query, key = (rotate(tensor, packed_seq_params.turns[self.turn]) for tensor in (query, key))
         sinks = {} if self.sinks is None else {"sink_h": self.sinks}
         return self.attend(query, key, value, packed_seq_params, **sinks).flatten(2)
